@@ -1,0 +1,361 @@
+"""Configuration of LLaVA-VR, and the layout that says how many vision tokens an image becomes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.image_processing_utils import select_best_resolution
+
+
+# Each projector's own options (`projector_kwargs`) and their defaults; None is derived from the vision tower's sizes
+PROJECTOR_OPTIONS: dict[str, dict[str, Any]] = {
+    "mlp": {},
+    "avg_pool": {},
+    "pixel_shuffle": {},
+    "ldpv2": {},
+    "c_abstractor": {
+        "hidden_size": None,
+        "depth": 3,
+        "mlp_depth": 2,
+        "position_embedding": True,
+        "pre_norm": False,
+        "end_tokens": 0,
+    },
+    "tokenpacker": {"feature_layers": None, "num_heads": None},
+    "resampler": {"depth": 2, "num_heads": None},
+}
+MERGE_TYPES = ("spatial_unpad", "spatial", "flat")
+SELECT_STRATEGIES = ("default", "full")
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How the vision tokens of an image are arranged, and so how many there are.
+
+    The model packs by it and the processor writes placeholders by it. Tokens of the base tile come first; those of the
+    other tiles follow, merged into one grid, row by row.
+
+    Args:
+        tile_size: pixels per side of a tile, the vision tower's input.
+        tokens_per_side: vision tokens per side of a tile, after the projector.
+        pinpoints: the tilings to choose from, as (height, width) in pixels; empty for one tile an image.
+        merge_type: "spatial_unpad" (padding removed, a newline token after each row), "spatial" or "flat".
+        max_tiles: past this many tiles' worth of tokens the grid is resampled (LLaVA-OneVision); None for never.
+        end_tokens: tokens without a region that the projector adds to each tile.
+    """
+
+    tile_size: int
+    tokens_per_side: int
+    pinpoints: Sequence[Sequence[int]] = ()
+    merge_type: str = "spatial_unpad"
+    max_tiles: int | None = None
+    end_tokens: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        image_aspect_ratio: str,
+        tile_size: int,
+        patch_size: int,
+        downsample: int,
+        pinpoints: Sequence[Sequence[int]] | None,
+        merge_type: str,
+        end_tokens: int,
+    ) -> "ImageLayout":
+        """The layout of a configuration's or a processor's fields of the same names."""
+        anyres = image_aspect_ratio.startswith("anyres")
+        return cls(
+            tile_size=tile_size,
+            tokens_per_side=math.ceil(tile_size // patch_size / downsample),
+            pinpoints=[list(pair) for pair in pinpoints] if anyres else [],
+            merge_type=merge_type,
+            max_tiles=int(image_aspect_ratio.removeprefix("anyres_max_")) if "_max_" in image_aspect_ratio else None,
+            end_tokens=end_tokens,
+        )
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.tokens_per_side**2 + self.end_tokens
+
+    def tiling(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of tiles beside the base tile, for an image of (height, width) pixels."""
+        height, width = select_best_resolution(tuple(image_size), self.pinpoints)
+        return height // self.tile_size, width // self.tile_size
+
+    def num_tiles(self, image_size: Sequence[int]) -> int:
+        """Tiles of an image, the base tile included."""
+        return 1 + math.prod(self.tiling(image_size)) if self.pinpoints else 1
+
+    def unpad(self, image_size: Sequence[int]) -> tuple[slice, slice]:
+        """The rows and columns of the merged token grid that show the image and not its padding (LLaVA-NeXT's rule)."""
+        rows, columns = (n * self.tokens_per_side for n in self.tiling(image_size))
+        height, width = image_size
+        if width / height > columns / rows:
+            padding = (rows - int(round(height * (columns / width), 7))) // 2
+            return slice(padding, rows - padding), slice(0, columns)
+        padding = (columns - int(round(width * (rows / height), 7))) // 2
+        return slice(0, rows), slice(padding, columns - padding)
+
+    def resample(self, rows: int, columns: int) -> tuple[int, int]:
+        """The grid to which a grid of tokens is resampled (LLaVA-OneVision's rule: only past 1.1 times the limit)."""
+        if self.max_tiles is not None:
+            ratio = math.sqrt(rows * columns / (self.max_tiles * self.tokens_per_side**2))
+            if ratio > 1.1:
+                return int(rows // ratio), int(columns // ratio)
+        return rows, columns
+
+    def num_tokens(self, image_size: Sequence[int]) -> int:
+        """Vision tokens of an image of (height, width) pixels, newline and end tokens included."""
+        if not self.pinpoints or self.merge_type != "spatial_unpad":
+            return self.num_tiles(image_size) * self.tokens_per_tile
+        rows, columns = self.resample(*(part.stop - part.start for part in self.unpad(image_size)))
+        return self.tokens_per_tile + rows * (columns + 1)
+
+
+@strict
+class LlavaVrConfig(PreTrainedConfig):
+    r"""Configuration of a LLaVA-VR model. `LlavaVrConfig()` is a 2B model: CLIP-ViT-L/14-336 and Qwen2-1.5B.
+
+    Every field that depends on a size has a derived default, written out when the configuration is made. An impossible
+    combination raises a `ValueError` that names the field and the values it may have.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`):
+            The vision tower: CLIP, SigLIP, or any other of the Auto classes with `output_hidden_states`.
+        text_config (`dict` or `PreTrainedConfig`):
+            The decoder: any of the Auto classes whose decoder layers receive the model's keyword arguments.
+        image_token_id (`int`, defaults to 151646):
+            Id of the placeholder that a vision token replaces. `image_token_index` is an alias.
+        projector_type (`str`, defaults to `"avg_pool"`):
+            One of mlp, avg_pool, pixel_shuffle, ldpv2, c_abstractor, tokenpacker, resampler.
+        projector_downsample (`int`, defaults to 2):
+            s: each region of s x s patches becomes one vision token. 1 goes with mlp, and only with it.
+        projector_hidden_act (`str`, defaults to `"gelu"`)
+        projector_kwargs (`dict`, *optional*):
+            The projector's own options; see `PROJECTOR_OPTIONS`.
+        vision_feature_layer (`int`, defaults to -2):
+            Index into the tower's hidden states (0 is the embeddings) of what the projector reads.
+        vision_feature_select_strategy (`str`, defaults to `"default"`):
+            "default" drops the CLS token where the tower has one, "full" keeps all.
+        remember_feature_layers (`list[int]`, defaults to [13, 18, 23] at 24 layers, in proportion otherwise):
+            Indices into the tower's hidden states whose features, joined, are the memory.
+        remember_layers (`list[int]`, defaults to four, evenly spaced from 0):
+            Decoder layers after which a Vision Remember module stands; [] for none.
+        remember_hidden_size (`int`, defaults to 1024), remember_num_heads (`int`, defaults to 16):
+            Width and heads of the module's attention.
+        remember_window (`int`, *optional*):
+            Features per side that a vision token sees; null for `projector_downsample`. Larger windows overlap.
+        image_aspect_ratio (`str`, defaults to `"anyres"`):
+            "anyres", "anyres_max_N" (at most N tiles' worth of tokens), "pad" or "square" (one tile).
+        image_merge_type (`str`, defaults to `"spatial_unpad"`):
+            How tiles join: "spatial_unpad", "spatial" or "flat".
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            Tilings as (height, width) in pixels; defaults to LLaVA-NeXT's. Unused with one tile.
+        tie_word_embeddings (`bool`, *optional*):
+            Whether the head shares the embeddings' weights; defaults to `text_config`'s.
+    """
+
+    model_type = "llava_vr"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    attribute_map = {"image_token_index": "image_token_id"}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151646
+    projector_type: str = "avg_pool"
+    projector_downsample: int = 2
+    projector_hidden_act: str = "gelu"
+    projector_kwargs: dict | None = None
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    remember_feature_layers: list[int] | None = None
+    remember_layers: list[int] | None = None
+    remember_hidden_size: int = 1024
+    remember_num_heads: int = 16
+    remember_window: int | None = None
+    image_aspect_ratio: str = "anyres"
+    image_merge_type: str = "spatial_unpad"
+    image_grid_pinpoints: list | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(
+            self.vision_config,
+            default_type="clip_vision_model",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
+        self.text_config = _sub_config(
+            self.text_config,
+            default_type="qwen2",
+            vocab_size=151936,
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            max_window_layers=28,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+            tie_word_embeddings=True,
+        )
+        _check_choice("projector_type", self.projector_type, tuple(PROJECTOR_OPTIONS))
+        depth, tile = self.vision_config.num_hidden_layers, self.vision_config.image_size
+        derived = {
+            "feature_layers": [round(depth * level / 24) for level in (12, 16, 22, 23)],
+            "hidden_size": self.vision_config.hidden_size,
+            "num_heads": max(1, self.vision_config.hidden_size // 128),
+        }
+        options = {**PROJECTOR_OPTIONS[self.projector_type], **(self.projector_kwargs or {})}
+        self.projector_kwargs = {k: derived.get(k) if v is None else v for k, v in options.items()}
+        if self.remember_feature_layers is None:
+            self.remember_feature_layers = sorted({round(depth * level / 24) for level in (13, 18, 23)})
+        if self.remember_layers is None:
+            self.remember_layers = sorted({self.text_config.num_hidden_layers * i // 4 for i in range(4)})
+        if self.image_grid_pinpoints is None:
+            tilings = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+            self.image_grid_pinpoints = [[rows * tile, columns * tile] for rows, columns in tilings]
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        super().__post_init__(**kwargs)
+        self._check_vision()
+        self._check_projector()
+        self._check_remember()
+        self._check_images()
+
+    @property
+    def feature_grid(self) -> int:
+        """Patches per side of a tile."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def window_size(self) -> int:
+        """Features per side of a vision token's window of the memory."""
+        return self.projector_downsample if self.remember_window is None else self.remember_window
+
+    @property
+    def memory_size(self) -> int:
+        """M: width of one entry of the memory, all levels joined."""
+        return len(self.remember_feature_layers) * self.vision_config.hidden_size
+
+    @property
+    def image_layout(self) -> ImageLayout:
+        return ImageLayout.create(
+            self.image_aspect_ratio,
+            self.vision_config.image_size,
+            self.vision_config.patch_size,
+            self.projector_downsample,
+            self.image_grid_pinpoints,
+            self.image_merge_type,
+            self.projector_kwargs.get("end_tokens", 0),
+        )
+
+    def _check_vision(self):
+        for field in ("image_size", "patch_size"):
+            size = getattr(self.vision_config, field, None)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"vision_config.{field} must be a positive integer, found {size!r}.")
+        if self.feature_grid < 1:
+            raise ValueError(
+                f"vision_config.patch_size ({self.vision_config.patch_size}) must not exceed "
+                f"vision_config.image_size ({self.vision_config.image_size})."
+            )
+        states = self.vision_config.num_hidden_layers + 1
+        layers = {
+            "vision_feature_layer": [self.vision_feature_layer],
+            "remember_feature_layers": self.remember_feature_layers,
+            "projector_kwargs['feature_layers']": self.projector_kwargs.get("feature_layers", []),
+        }
+        for field, indices in layers.items():
+            for index in indices:
+                if not isinstance(index, int) or not -states <= index < states:
+                    raise ValueError(
+                        f"{field} has {index!r}, but the vision tower has {states} hidden states: "
+                        f"use {-states} to {states - 1}."
+                    )
+        _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, SELECT_STRATEGIES)
+
+    def _check_projector(self):
+        unknown = set(self.projector_kwargs) - set(PROJECTOR_OPTIONS[self.projector_type])
+        if unknown:
+            raise ValueError(
+                f"projector_kwargs has {sorted(unknown)}, but {self.projector_type} has the options "
+                f"{sorted(PROJECTOR_OPTIONS[self.projector_type])}."
+            )
+        s = self.projector_downsample
+        if self.projector_type == "mlp" and s != 1:
+            raise ValueError(
+                f"projector_downsample must be 1 with projector_type mlp, which keeps all tokens; found {s}."
+            )
+        if self.projector_type != "mlp" and not 2 <= s <= self.feature_grid:
+            raise ValueError(
+                f"projector_downsample must be from 2 to {self.feature_grid} (the grid's side) with "
+                f"projector_type {self.projector_type}, found {s}; 1 goes with mlp."
+            )
+        width, heads = self.vision_config.hidden_size, self.projector_kwargs.get("num_heads", 1)
+        if heads < 1 or width % heads:
+            raise ValueError(
+                f"projector_kwargs['num_heads'] must divide vision_config.hidden_size {width}, found {heads}."
+            )
+
+    def _check_remember(self):
+        layers, depth = self.remember_layers, self.text_config.num_hidden_layers
+        if len(set(layers)) != len(layers) or any(not 0 <= layer < depth for layer in layers):
+            raise ValueError(
+                f"remember_layers must be different decoder layers from 0 to {depth - 1}, or [] for none; found {layers}."
+            )
+        if layers and not self.remember_feature_layers:
+            raise ValueError("remember_feature_layers must name a hidden state, or remember_layers be [].")
+        width, heads = self.remember_hidden_size, self.remember_num_heads
+        if heads < 1 or width < 1 or width % heads:
+            raise ValueError(f"remember_num_heads must divide remember_hidden_size {width}, found {heads}.")
+        s, window = self.projector_downsample, self.window_size
+        if window < s:
+            raise ValueError(f"remember_window must be null or at least projector_downsample {s}, found {window}.")
+
+    def _check_images(self):
+        ratio = self.image_aspect_ratio
+        number = ratio.removeprefix("anyres_max_")
+        if ratio not in ("anyres", "pad", "square") and not (ratio != number and number.isdigit() and int(number) > 0):
+            raise ValueError(
+                f"image_aspect_ratio must be anyres, anyres_max_N (N > 0), pad or square, found {ratio!r}."
+            )
+        _check_choice("image_merge_type", self.image_merge_type, MERGE_TYPES)
+        if "_max_" in ratio and self.image_merge_type != "spatial_unpad":
+            raise ValueError(f"image_merge_type must be spatial_unpad with {ratio}, found {self.image_merge_type!r}.")
+        if ratio.startswith("anyres"):
+            tile = self.vision_config.image_size
+            for pair in self.image_grid_pinpoints:
+                if len(pair) != 2 or any(side < tile or side % tile for side in pair):
+                    raise ValueError(
+                        f"image_grid_pinpoints must be (height, width) pairs of multiples of the tile, {tile} pixels; "
+                        f"found {pair}."
+                    )
+            if not self.image_grid_pinpoints:
+                raise ValueError(f"image_grid_pinpoints must not be empty with image_aspect_ratio {ratio!r}.")
+            if self.projector_kwargs.get("end_tokens") and self.image_merge_type != "flat":
+                raise ValueError("projector_kwargs['end_tokens'] needs one tile, or image_merge_type flat.")
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, default_type: str, **defaults) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if config is None:
+        return CONFIG_MAPPING[default_type](**defaults)
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    return CONFIG_MAPPING[config.get("model_type", default_type)](**values)
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]):
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, found {value!r}.")
+
+
+__all__ = ["ImageLayout", "LlavaVrConfig"]
