@@ -12,3 +12,9 @@ __all__ = [
     "LlavaVrPreTrainedModel",
     "LlavaVrProcessor",
 ]
+
+# `save_pretrained` then copies the code into the folder, as it does for a model loaded with `trust_remote_code=True`
+LlavaVrConfig.register_for_auto_class()
+LlavaVrModel.register_for_auto_class("AutoModel")
+LlavaVrForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+LlavaVrProcessor.register_for_auto_class("AutoProcessor")

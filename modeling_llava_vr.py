@@ -37,8 +37,8 @@ class LlavaVrImageFeatures(BaseModelOutputWithPooling):
 
     Args:
         pooler_output: the vision tokens, one tensor `(tokens, hidden_size)` an image.
-        deepstack_features: the memory rows, `[[(tokens, window * window * memory_size + 1), ...]]`, one tensor an image:
-            the token's window of the memory, flat, and its validity flag. None without Vision Remember modules.
+        deepstack_features: the memory rows, `[[(tokens, window * window * memory_size + 1), ...]]`, one tensor an
+            image: the token's window of the memory, flat, and its validity flag. None without Vision Remember modules.
     """
 
     pooler_output: list[torch.Tensor] | None = None
@@ -362,8 +362,8 @@ class VisionRemember(nn.Module):
         q = query(norm(h)),  k, v = key(norm(m)), value(norm(m))
         update = out(softmax(q k^T / sqrt(d) + b) v)        b: one learned bias per head and window position
 
-    The idea is the paper's (arXiv 2506.03928); norms, widths, bias and the zero-initialised `out`, by which a new module
-    changes nothing, are ours. An entry of exact zeros is padding and is never attended to.
+    The idea is the paper's (arXiv 2506.03928); norms, widths, bias and the zero-initialised `out`, by which a new
+    module changes nothing, are ours. An entry of exact zeros is padding and is never attended to.
     """
 
     def __init__(self, config: LlavaVrConfig):
@@ -393,11 +393,10 @@ class VisionRemember(nn.Module):
         """
         real = memory.ne(0).any(-1)  # (tokens, window)
         memory = self.memory_norm(memory.unflatten(-1, (self.levels, -1))).flatten(-2)  # each level by itself
-        query = self.query(self.query_norm(hidden_states)).unflatten(
-            -1, (self.num_heads, -1)
-        )  # (tokens, heads, head_dim)
-        key = self.key(memory).unflatten(-1, (self.num_heads, -1))  # (tokens, window, heads, head_dim)
-        value = self.value(memory).unflatten(-1, (self.num_heads, -1))  # (tokens, window, heads, head_dim)
+        heads = (self.num_heads, -1)
+        query = self.query(self.query_norm(hidden_states)).unflatten(-1, heads)  # (tokens, heads, head_dim)
+        key = self.key(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
+        value = self.value(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
         scores = torch.einsum("nhd,nwhd->nhw", query, key) / math.sqrt(query.shape[-1]) + self.window_bias
         scores = scores.float().masked_fill(~real[:, None], torch.finfo(torch.float32).min)
         weights = scores.softmax(-1).to(value.dtype)  # (tokens, heads, window)
@@ -475,15 +474,12 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        layers = {
-            name.split("vision_remember.")[1].split(".")[0]
-            for name in info["missing_keys"]
-            if "vision_remember." in name
-        }
-        if layers:
+        missing = [name.split("vision_remember.")[1] for name in info["missing_keys"] if "vision_remember." in name]
+        if missing:
+            layers = sorted({int(name.split(".")[0]) for name in missing})
             logger.warning(
-                f"The checkpoint lacks weights of the Vision Remember modules after decoder layers {sorted(map(int, layers))}. "
-                "They are new: such a module adds nothing until it is trained. Set remember_layers=[] to leave it out."
+                f"The checkpoint lacks weights of the Vision Remember modules after decoder layers {layers}. Those are "
+                "new: a new module adds nothing until it is trained. Set remember_layers=[] to leave them out."
             )
         return (model, info) if output_loading_info else model
 
@@ -513,8 +509,9 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
 
     def _refusal(self, reason: str) -> str:
         return (
-            f"text_config.model_type {self.config.text_config.model_type!r}: this decoder {reason}. Vision Remember works "
-            "with llama, qwen2, qwen3, mistral, gemma3_text, smollm3, phi3 and their like; or set remember_layers=[]."
+            f"text_config.model_type {self.config.text_config.model_type!r}: this decoder {reason}. Vision Remember "
+            "works with llama, qwen2, qwen3, mistral, gemma3_text, smollm3, phi3 and their like; or set "
+            "remember_layers=[]."
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -523,18 +520,19 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
+    @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         image_sizes: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> LlavaVrImageFeatures:
         """Vision tokens of the images and, row by row beside them, their memory.
 
         Args:
-            pixel_values: `(images, tiles, 3, height, width)`, base tile first, or `(images, 3, height, width)`, one tile.
+            pixel_values: `(images, tiles, 3, height, width)`, base tile first, or `(images, 3, height, width)`.
             image_sizes: `(images, 2)`, (height, width) in pixels before processing; needed with tiles.
         """
         layout, num_tiles = self._check_images(pixel_values, image_sizes)
@@ -608,7 +606,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         return features
 
     def _memory_rows(self, hidden_states: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor:
-        """Each vision token's window of the memory, flat, and its validity flag: `(tiles, num_tokens, W * W * M + 1)`."""
+        """Each vision token's window of the memory, flat, and its validity flag: `(tiles, tokens, W * W * M + 1)`."""
         grid = to_grid(
             self._patch_features(hidden_states, self.config.remember_feature_layers), self.config.feature_grid
         )
@@ -693,7 +691,9 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
 
     def _check_length(self, length: int):
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
+        rope = getattr(self.config.text_config, "rope_parameters", None) or {}
+        kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
+        if limit is not None and length > limit and kinds <= {"default"}:  # a scaled rope reaches further
             raise ValueError(
                 f"The input has {length} tokens, vision tokens included, but the decoder's context "
                 f"(text_config.max_position_embeddings) is {limit}: shorten the text or pass fewer images."
@@ -704,9 +704,9 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         torch_compilable_check(
             mask.sum() == num_tokens,
             lambda: (
-                f"Found {int(mask.sum())} image placeholders in the text (image_token_id {self.config.image_token_id}) "
-                f"but {num_tokens} vision tokens of the images: pass each image once, in the order of its placeholders, and "
-                "write them with the processor."
+                f"Found {int(mask.sum())} image placeholders (image_token_id {self.config.image_token_id}) but "
+                f"{num_tokens} vision tokens of the images: pass each image once, in the order of its placeholders, "
+                "and write them with the processor."
             ),
         )
         return torch.nonzero_static(mask.flatten(), size=num_tokens).squeeze(-1)
@@ -844,7 +844,7 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Encodes the images once, keeps the vision tokens that the cache lacks, and repeats each row's for its beams."""
+        """Encodes the images once, keeps the vision tokens that the cache lacks, repeats each row's for its beams."""
         images = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         pixel_values, image_sizes = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_sizes", None)
         if pixel_values is not None:  # transformers below 5.18 does not encode them itself
@@ -852,10 +852,11 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
         if images is not None:
             embeds = model_kwargs.get("inputs_embeds")
             mask = self.model.placeholder_mask(input_ids if embeds is None else None, embeds)
-            cache = model_kwargs.get("past_key_values")
-            images = self._rows_for_generation(
-                images, mask, cache.get_seq_length() if cache is not None else 0, expand_size
-            )
+            cache, attended = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+            cached = 0 if cache is None else cache.get_seq_length()
+            if mask.shape[1] <= cached or (attended is not None and attended.shape[1] != mask.shape[1]):
+                cached = 0  # the input is what follows the cache, without what is in it
+            images = self._rows_for_generation(images, mask, cached, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -868,14 +869,14 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
     ) -> LlavaVrImageFeatures:
         """The images' features with one tensor a row of the batch, each repeated `expand_size` times.
 
-        `mask` `(batch, sequence)` marks the placeholders; the first `cached` positions are in the cache already, and the
-        images may be all of the conversation's or only those after it.
+        `mask` `(batch, sequence)` marks the placeholders; the first `cached` positions are in the cache already, and
+        the images may be all of the conversation's or only those after it.
         """
         num_tokens, new = sum(map(len, images.pooler_output)), mask.clone()
         new[:, :cached] = False
         if num_tokens not in (mask.sum(), new.sum()):
             raise ValueError(
-                f"Found {int(mask.sum())} image placeholders in the text, {int(new.sum())} of them not in the cache, but "
+                f"Found {int(mask.sum())} image placeholders, {int(new.sum())} of them not in the cache, but "
                 f"{num_tokens} vision tokens of the images: pass each image once, in the order of its placeholders."
             )
         kept = new[mask] if num_tokens == mask.sum() else new[new]  # (num_tokens,)
@@ -893,13 +894,9 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if (
-            not is_first_iteration
-            and kwargs.get("use_cache", True)
-            and inputs.pop("mm_encoder_outputs", None) is not None
-        ):
-            ids = inputs.get("input_ids")
-            if ids is not None and self.model.placeholder_mask(ids).any():
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            images, ids = inputs.pop("mm_encoder_outputs", None), inputs.get("input_ids")
+            if images is not None and ids is not None and self.model.placeholder_mask(ids).any():
                 raise ValueError("prefill_chunk_size with images needs transformers 5.18 or newer.")
         return inputs
 
