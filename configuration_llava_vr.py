@@ -1,12 +1,14 @@
 """Configuration of LLaVA-VR, and the layout that says how many vision tokens an image becomes."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.image_processing_utils import select_best_resolution
 
 
@@ -27,6 +29,7 @@ PROJECTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "tokenpacker": {"feature_layers": None, "num_heads": None},
     "resampler": {"depth": 2, "num_heads": None},
 }
+LOWEST_OPTIONS = {"hidden_size": 1, "depth": 0, "mlp_depth": 1, "end_tokens": 0, "num_heads": 1}
 MERGE_TYPES = ("spatial_unpad", "spatial", "flat")
 SELECT_STRATEGIES = ("default", "full")
 
@@ -104,7 +107,7 @@ class ImageLayout:
         if self.max_tiles is not None:
             ratio = math.sqrt(rows * columns / (self.max_tiles * self.tokens_per_side**2))
             if ratio > 1.1:
-                return int(rows // ratio), int(columns // ratio)
+                return max(1, int(rows // ratio)), max(1, int(columns // ratio))
         return rows, columns
 
     def num_tokens(self, image_size: Sequence[int]) -> int:
@@ -183,6 +186,7 @@ class LlavaVrConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.vision_config = _sub_config(
+            "vision_config",
             self.vision_config,
             default_type="clip_vision_model",
             hidden_size=1024,
@@ -194,6 +198,7 @@ class LlavaVrConfig(PreTrainedConfig):
             projection_dim=768,
         )
         self.text_config = _sub_config(
+            "text_config",
             self.text_config,
             default_type="qwen2",
             vocab_size=151936,
@@ -206,6 +211,10 @@ class LlavaVrConfig(PreTrainedConfig):
             rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
             tie_word_embeddings=True,
         )
+        _check_sizes(
+            "vision_config", self.vision_config, "image_size", "patch_size", "hidden_size", "num_hidden_layers"
+        )
+        _check_sizes("text_config", self.text_config, "vocab_size", "hidden_size", "num_hidden_layers")
         _check_choice("projector_type", self.projector_type, tuple(PROJECTOR_OPTIONS))
         depth, tile = self.vision_config.num_hidden_layers, self.vision_config.image_size
         derived = {
@@ -258,10 +267,6 @@ class LlavaVrConfig(PreTrainedConfig):
         )
 
     def _check_vision(self):
-        for field in ("image_size", "patch_size"):
-            size = getattr(self.vision_config, field, None)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"vision_config.{field} must be a positive integer, found {size!r}.")
         if self.feature_grid < 1:
             raise ValueError(
                 f"vision_config.patch_size ({self.vision_config.patch_size}) must not exceed "
@@ -274,6 +279,8 @@ class LlavaVrConfig(PreTrainedConfig):
             "projector_kwargs['feature_layers']": self.projector_kwargs.get("feature_layers", []),
         }
         for field, indices in layers.items():
+            if not isinstance(indices, (list, tuple)):
+                raise ValueError(f"{field} must be a list of hidden states, found {indices!r}.")
             for index in indices:
                 if not isinstance(index, int) or not -states <= index < states:
                     raise ValueError(
@@ -289,6 +296,15 @@ class LlavaVrConfig(PreTrainedConfig):
                 f"projector_kwargs has {sorted(unknown)}, but {self.projector_type} has the options "
                 f"{sorted(PROJECTOR_OPTIONS[self.projector_type])}."
             )
+        for option, lowest in LOWEST_OPTIONS.items():
+            value = self.projector_kwargs.get(option, lowest)
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(
+                    f"projector_kwargs[{option!r}] must be an integer of at least {lowest}, found {value!r}."
+                )
+        if not self.projector_kwargs.get("feature_layers", True):
+            raise ValueError("projector_kwargs['feature_layers'] must name a hidden state.")
+        _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
         s = self.projector_downsample
         if self.projector_type == "mlp" and s != 1:
             raise ValueError(
@@ -300,7 +316,7 @@ class LlavaVrConfig(PreTrainedConfig):
                 f"projector_type {self.projector_type}, found {s}; 1 goes with mlp."
             )
         width, heads = self.vision_config.hidden_size, self.projector_kwargs.get("num_heads", 1)
-        if heads < 1 or width % heads:
+        if width % heads:
             raise ValueError(
                 f"projector_kwargs['num_heads'] must divide vision_config.hidden_size {width}, found {heads}."
             )
@@ -309,7 +325,8 @@ class LlavaVrConfig(PreTrainedConfig):
         layers, depth = self.remember_layers, self.text_config.num_hidden_layers
         if len(set(layers)) != len(layers) or any(not 0 <= layer < depth for layer in layers):
             raise ValueError(
-                f"remember_layers must be different decoder layers from 0 to {depth - 1}, or [] for none; found {layers}."
+                f"remember_layers must be different decoder layers from 0 to {depth - 1}, or [] for none; "
+                f"found {layers}."
             )
         if layers and not self.remember_feature_layers:
             raise ValueError("remember_feature_layers must name a hidden state, or remember_layers be [].")
@@ -321,19 +338,18 @@ class LlavaVrConfig(PreTrainedConfig):
             raise ValueError(f"remember_window must be null or at least projector_downsample {s}, found {window}.")
 
     def _check_images(self):
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id must be a token's id, 0 or more, found {self.image_token_id}.")
         ratio = self.image_aspect_ratio
-        number = ratio.removeprefix("anyres_max_")
-        if ratio not in ("anyres", "pad", "square") and not (ratio != number and number.isdigit() and int(number) > 0):
-            raise ValueError(
-                f"image_aspect_ratio must be anyres, anyres_max_N (N > 0), pad or square, found {ratio!r}."
-            )
-        _check_choice("image_merge_type", self.image_merge_type, MERGE_TYPES)
-        if "_max_" in ratio and self.image_merge_type != "spatial_unpad":
-            raise ValueError(f"image_merge_type must be spatial_unpad with {ratio}, found {self.image_merge_type!r}.")
+        check_tiling(ratio, self.image_merge_type)
         if ratio.startswith("anyres"):
             tile = self.vision_config.image_size
             for pair in self.image_grid_pinpoints:
-                if len(pair) != 2 or any(side < tile or side % tile for side in pair):
+                if (
+                    not isinstance(pair, (list, tuple))
+                    or len(pair) != 2
+                    or any(not isinstance(side, int) or side < tile or side % tile for side in pair)
+                ):
                     raise ValueError(
                         f"image_grid_pinpoints must be (height, width) pairs of multiples of the tile, {tile} pixels; "
                         f"found {pair}."
@@ -344,13 +360,39 @@ class LlavaVrConfig(PreTrainedConfig):
                 raise ValueError("projector_kwargs['end_tokens'] needs one tile, or image_merge_type flat.")
 
 
-def _sub_config(config: dict | PreTrainedConfig | None, default_type: str, **defaults) -> PreTrainedConfig:
+def check_tiling(image_aspect_ratio: str, image_merge_type: str):
+    """Refuses values of these fields, of a configuration or a processor, that do not exist or do not go together."""
+    number = re.fullmatch("anyres_max_([1-9][0-9]*)", image_aspect_ratio)
+    if image_aspect_ratio not in ("anyres", "pad", "square") and not number:
+        raise ValueError(
+            f"image_aspect_ratio must be anyres, anyres_max_N (N > 0), pad or square, found {image_aspect_ratio!r}."
+        )
+    _check_choice("image_merge_type", image_merge_type, MERGE_TYPES)
+    if number and image_merge_type != "spatial_unpad":
+        raise ValueError(
+            f"image_merge_type must be spatial_unpad with {image_aspect_ratio}, found {image_merge_type!r}."
+        )
+
+
+def _sub_config(field: str, config: dict | PreTrainedConfig | None, default_type: str, **defaults) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
     if config is None:
         return CONFIG_MAPPING[default_type](**defaults)
     values = {key: value for key, value in config.items() if key != "model_type"}
-    return CONFIG_MAPPING[config.get("model_type", default_type)](**values)
+    model_type = config.get("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{field}.model_type must be one that transformers knows, found {model_type!r}.")
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def _check_sizes(field: str, config: PreTrainedConfig, *names: str):
+    for name in names:
+        size = getattr(config, name, None)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{field}.{name} must be a positive integer, found {size!r} (model_type {config.model_type!r})."
+            )
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]):

@@ -84,8 +84,14 @@ def cut_windows(grid: torch.Tensor, stride: int, window: int) -> torch.Tensor:
     below, right = (-size % stride + window - stride - before for size in grid.shape[1:3])
     if before or below or right:
         grid = F.pad(grid, (0, 0, before, right, before, below))
-    windows = grid.unfold(1, window, stride).unfold(2, window, stride)  # view (tiles, t, t, features, window, window)
-    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
+    rows, columns = grid.shape[1:3]
+    entry = torch.arange(window, device=grid.device)
+    row = torch.arange(0, rows - window + 1, stride, device=grid.device)[:, None] + entry  # (t, window)
+    column = torch.arange(0, columns - window + 1, stride, device=grid.device)[:, None] + entry
+    positions = row[:, None, :, None] * columns + column[:, None, :]  # (t, t, window, window), of the flattened grid
+    # Not Tensor.unfold: its compiled backward pass corrupts memory on CPU (torch 2.13), and index_select is faster.
+    windows = grid.flatten(1, 2).index_select(1, positions.flatten())
+    return windows.unflatten(1, (-1, window * window))
 
 
 def window_mask(grid_size: int, stride: int, window: int, device=None) -> torch.Tensor:
@@ -520,7 +526,6 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
-    @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(
         self,
@@ -535,6 +540,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             pixel_values: `(images, tiles, 3, height, width)`, base tile first, or `(images, 3, height, width)`.
             image_sizes: `(images, 2)`, (height, width) in pixels before processing; needed with tiles.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.vision_config.output_hidden_states
         layout, num_tiles = self._check_images(pixel_values, image_sizes)
         if pixel_values.ndim == 5:
             pixel_values = torch.cat([image[:n] for image, n in zip(pixel_values, num_tiles)])  # (all tiles, 3, H, W)
@@ -652,8 +659,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and images is not None:
             raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
-        self._check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         if pixel_values is not None and len(pixel_values):
+            self._check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
             images = self.get_image_features(pixel_values, image_sizes, return_dict=True)
         mask = None if images is None else self.placeholder_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -690,10 +697,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         )
 
     def _check_length(self, length: int):
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        rope = getattr(self.config.text_config, "rope_parameters", None) or {}
-        kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
-        if limit is not None and length > limit and kinds <= {"default"}:  # a scaled rope reaches further
+        limit = getattr(self.config.text_config, "max_position_embeddings", None) or length
+        if length > limit:
             raise ValueError(
                 f"The input has {length} tokens, vision tokens included, but the decoder's context "
                 f"(text_config.max_position_embeddings) is {limit}: shorten the text or pass fewer images."
@@ -892,8 +897,16 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
             deepstack_features=images.deepstack_features and [by_row(level) for level in images.deepstack_features],
         )
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,  # named, as it tells `generate` that embeddings are taken
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             images, ids = inputs.pop("mm_encoder_outputs", None), inputs.get("input_ids")
             if images is not None and ids is not None and self.model.placeholder_mask(ids).any():

@@ -1,16 +1,31 @@
 """Processor of LLaVA-VR: images to pixel values, and one placeholder in the text for each vision token."""
 
-import itertools
+import base64
+import io
+import os
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import ImageInput, get_image_size, load_image
+from transformers.image_utils import ImageInput, load_image
 from transformers.processing_utils import MultiModalData
 
-from .configuration_llava_vr import ImageLayout
+from .configuration_llava_vr import ImageLayout, check_tiling
+
+
+def open_image(source: str | os.PathLike) -> Image.Image:
+    """The picture at a path or URL, or in a data URI or base64 text. From a URL, it comes as RGB already."""
+    source = os.fspath(source)
+    if source.startswith(("http://", "https://")):
+        return load_image(source)
+    if os.path.exists(source):
+        return Image.open(source)
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(source.split(",")[-1])))
+    except (OSError, ValueError):
+        raise FileNotFoundError(f"{source[:100]!r} is no file that exists, no URL and no base64 image") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -19,7 +34,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the picture has no pixels, several frames, or floating-point pixels; OSError: its file is damaged.
     """
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's photo with previews of it
         raise ValueError(
             f"it has {image.n_frames} frames: pass one of them, as in `image.seek(0); image.convert('RGB')`"
         )
@@ -39,17 +54,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_array(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """An array or tensor as it is, once it is known to hold pixels.
+def to_rgb_array(image: np.ndarray | torch.Tensor, channels_last: bool | None = None) -> np.ndarray | torch.Tensor:
+    """An array or tensor of pixels as (3, height, width). `channels_last` None: the axis of size 3, else 1, the first first.
 
     Raises:
-        ValueError: it is empty, not 2- or 3-dimensional, or has values that are not finite.
+        ValueError: it has another shape, is empty, or has values that are not finite.
     """
-    if image.ndim not in (2, 3) or 0 in image.shape:
-        raise ValueError(f"its shape is {tuple(image.shape)}: an image is (3, height, width) or (height, width, 3)")
-    if not np.isfinite(np.asarray(image)).all():
+    shape = tuple(image.shape)
+    if image.ndim == 2:
+        image, channels_last = image[None], False
+    if channels_last is None and image.ndim == 3:
+        axes = [axis for channels in (3, 1) for axis in (0, 2) if shape[axis] == channels]
+        channels_last = axes[:1] == [2]
+    if channels_last:
+        image = image.swapaxes(1, 2).swapaxes(0, 1)
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in shape:
+        raise ValueError(
+            f"its shape is {shape}: an image is (3, height, width), (height, width, 3) or, if grey, (height, width)"
+        )
+    if not (torch.isfinite(image) if isinstance(image, torch.Tensor) else np.isfinite(image)).all():
         raise ValueError("it has NaN or infinite values")
-    return image
+    return image if image.shape[0] == 3 else image[[0, 0, 0]]
 
 
 class LlavaVrProcessor(ProcessorMixin):
@@ -61,7 +86,7 @@ class LlavaVrProcessor(ProcessorMixin):
         tokenizer: with `image_token` as one token.
         chat_template (`str`, *optional*)
         image_token (`str`, defaults to `"<image>"`): the placeholder, once for each image in the text given.
-        patch_size, projector_downsample, image_aspect_ratio, image_merge_type: the configuration's fields of these names.
+        patch_size, projector_downsample, image_aspect_ratio, image_merge_type: as in the configuration.
         image_end_tokens (`int`, defaults to 0): tokens that the projector adds to each tile.
     """
 
@@ -82,9 +107,10 @@ class LlavaVrProcessor(ProcessorMixin):
             raise ValueError(f"image_token {image_token!r} is not a token of the tokenizer: add it as a special token.")
         if image_aspect_ratio.startswith("anyres") and not getattr(image_processor, "image_grid_pinpoints", None):
             raise ValueError(
-                f"image_aspect_ratio {image_aspect_ratio!r} needs an image processor with image_grid_pinpoints, such as "
-                f"LlavaNextImageProcessor; found {type(image_processor).__name__}."
+                f"image_aspect_ratio {image_aspect_ratio!r} needs an image processor with image_grid_pinpoints, such "
+                f"as LlavaNextImageProcessor; found {type(image_processor).__name__}."
             )
+        check_tiling(image_aspect_ratio, image_merge_type)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.patch_size = patch_size
@@ -114,22 +140,29 @@ class LlavaVrProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            images: PIL images, arrays, tensors, paths or URLs; one, a list, or a list for each text.
+            images: PIL images, arrays, tensors, paths, URLs or base64 texts; one, a list, or a list for each text.
             text: one text or a list, each with an `image_token` for each of its images.
 
         Returns:
-            `input_ids`, `attention_mask`, and with images `pixel_values` `(images, tiles, 3, height, width)` or, with one
-            tile, `(images, 3, height, width)`, and `image_sizes` `(images, 2)` as (height, width).
+            `input_ids`, `attention_mask`, and with images `pixel_values` `(images, tiles, 3, height, width)` or, with
+            one tile, `(images, 3, height, width)`, and `image_sizes` `(images, 2)` as (height, width).
 
         Raises:
             ValueError: as many images as placeholders are needed; an image that cannot be read is named by its number.
         """
-        if images is None:
-            return super().__call__(text=text, **kwargs)
-        images, sizes = self._read_images(images)
+        images_kwargs = kwargs.pop("images_kwargs", None) or {}
+        data_format = kwargs.pop("input_data_format", None) or images_kwargs.get("input_data_format")
+        images, counts = self._read_images([] if images is None else images, data_format)
+        sizes = [tuple(image.shape[1:]) for image in images]
+        if counts and isinstance(text, (list, tuple)) and not kwargs.get("sanitize_control_tokens"):
+            self._check_rows(text, counts)
         if text is not None and not hasattr(ProcessorMixin, "get_text_with_replacements"):  # transformers below 5.8
             text = self._expand_placeholders([text] if isinstance(text, str) else text, sizes)
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        if not images:
+            return super().__call__(text=text, **kwargs)
+        # said, not guessed: a picture 1, 3 or 4 pixels wide would mislead transformers
+        images_kwargs = {**images_kwargs, "input_data_format": "channels_first"}
+        inputs = super().__call__(images=images, text=text, images_kwargs=images_kwargs, **kwargs)
         if "image_sizes" not in inputs:
             is_tensor = isinstance(inputs["pixel_values"], torch.Tensor)
             inputs["image_sizes"] = torch.tensor(sizes) if is_tensor else np.array(sizes)
@@ -160,36 +193,44 @@ class LlavaVrProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return list(dict.fromkeys([*super().model_input_names, "image_sizes"]))
 
-    def _read_images(self, images: ImageInput) -> tuple[list, list[tuple[int, int]]]:
-        """The images as upright RGB arrays in the nesting they came in, and their (height, width), flat."""
-        numbers, sizes = itertools.count(), []
+    def _read_images(self, images: ImageInput, data_format: str | None) -> tuple[list, list[int] | None]:
+        """The images as upright RGB arrays (3, height, width), flat, and how many each text has if they came nested."""
+        arrays = []
+        channels_last = None if data_format is None else data_format == "channels_last"
 
-        def read(image):
-            if isinstance(image, (list, tuple)):
-                return [read(part) for part in image]
-            if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4:
-                return [read(part) for part in image]
-            number = next(numbers)
+        def read(image) -> int:
+            is_array = isinstance(image, (np.ndarray, torch.Tensor))
+            if isinstance(image, (list, tuple)) or (is_array and image.ndim == 4):
+                return sum(map(read, image))
             try:
-                if isinstance(image, str):
-                    local = not image.startswith(("http://", "https://", "data:")) and len(image) < 4096
-                    image = Image.open(image) if local else load_image(image)
+                if isinstance(image, (str, os.PathLike)):
+                    image = open_image(image)
                 if isinstance(image, Image.Image):
-                    # channels first: transformers guesses the axis, and a picture 1 or 3 pixels high misleads it
-                    image = np.asarray(to_rgb(image)).transpose(2, 0, 1)
-                elif isinstance(image, (np.ndarray, torch.Tensor)):
-                    image = check_array(image)
+                    image = np.array(to_rgb(image)).transpose(2, 0, 1)
+                elif is_array:
+                    image = to_rgb_array(image, channels_last)
                 else:
                     raise ValueError(
-                        f"a {type(image).__name__} is not an image: pass a PIL image, an array, a path or a URL"
+                        f"{type(image).__name__} is not a type of image: pass a PIL image, an array, a path or a URL"
                     )
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"images[{number}] cannot be read: {error}.") from error
-            sizes.append(get_image_size(image) if image.ndim == 3 else tuple(image.shape))
-            return image
+            except Exception as error:  # each decoder of a file format raises its own
+                raise ValueError(f"images[{len(arrays)}] cannot be read: {str(error).rstrip('.')}.") from error
+            arrays.append(image)
+            return 1
 
-        images = read(images)
-        return images if isinstance(images, list) else [images], sizes
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        counts = [read(image) for image in images]
+        return arrays, counts if any(isinstance(image, (list, tuple)) for image in images) else None
+
+    def _check_rows(self, texts: list[str], counts: list[int]):
+        if len(texts) == len(counts):
+            for row, (text, count) in enumerate(zip(texts, counts)):
+                if (found := text.count(self.image_token)) != count:
+                    raise ValueError(
+                        f"text[{row}] has {found} {self.image_token} but images[{row}] has {count} images: "
+                        "one for each is needed."
+                    )
 
     def _expand_placeholders(self, texts: list[str], sizes: list[tuple[int, int]]) -> list[str]:
         found = sum(text.count(self.image_token) for text in texts)
@@ -203,7 +244,7 @@ class LlavaVrProcessor(ProcessorMixin):
 
     def _check_conversation(self, conversation: list):
         for message in conversation:
-            if isinstance(message, list):
+            if isinstance(message, (list, tuple)):
                 self._check_conversation(message)
                 continue
             content = message.get("content") or []
@@ -211,7 +252,8 @@ class LlavaVrProcessor(ProcessorMixin):
             if any(self.image_token in text for text in texts):
                 raise ValueError(
                     f"A message's text holds {self.image_token!r}, which stands for an image: pass the image as "
-                    "{'type': 'image', 'image': ...} in the content, or set sanitize_control_tokens=True to keep it as text."
+                    "{'type': 'image', 'image': ...} in the content, or set sanitize_control_tokens=True to keep it as "
+                    "text."
                 )
 
 

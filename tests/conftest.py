@@ -141,14 +141,21 @@ def make_inputs():
     """`make_inputs(config, rows, padding_side)`: a batch of random pixels; a row is a list of token ids and image sizes."""
 
     def make(config: LlavaVrConfig, rows: list, padding_side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-        layout, side, generator = config.image_layout, config.vision_config.image_size, torch.Generator().manual_seed(seed)
+        layout, side, generator = (
+            config.image_layout,
+            config.vision_config.image_size,
+            torch.Generator().manual_seed(seed),
+        )
         sizes = [part for row in rows for part in row if isinstance(part, tuple)]
         spelled = [
             [t for p in row for t in ([config.image_token_id] * layout.num_tokens(p) if isinstance(p, tuple) else [p])]
             for row in rows
         ]
         length = max(map(len, spelled))
-        input_ids, attention_mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length).long()
+        input_ids, attention_mask = (
+            torch.zeros(len(rows), length, dtype=torch.long),
+            torch.zeros(len(rows), length).long(),
+        )
         for i, row in enumerate(spelled):
             place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
             input_ids[i, place], attention_mask[i, place] = torch.tensor(row), 1

@@ -551,7 +551,8 @@ def test_bad_inputs_are_named(config, model, make_inputs):
     refused("pixel_values must be", pixel_values=inputs["pixel_values"][0, 0])
     refused("exactly one", inputs_embeds=torch.zeros(3, 4, 32))
     with pytest.raises(ValueError, match="max_position_embeddings"):
-        model(input_ids=torch.ones(1, config.text_config.max_position_embeddings + 1, dtype=torch.long))
+        missing = config.text_config.max_position_embeddings + 1 - inputs["input_ids"].shape[1]
+        model(**{**inputs, "input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, missing), value=1)})
     with pytest.raises(ValueError, match="vision_feature_select_strategy"):
         full = copy.deepcopy(model)
         full.config.vision_feature_select_strategy = "full"  # keeps CLIP's CLS token, which has no place in the grid
