@@ -15,6 +15,9 @@ from transformers.processing_utils import MultiModalData
 from .configuration_llava_vr import ImageLayout, check_tiling
 
 
+EXPANDS_PLACEHOLDERS = hasattr(ProcessorMixin, "get_text_with_replacements")  # transformers does it itself from 5.8 on
+
+
 def open_image(source: str | os.PathLike) -> Image.Image:
     """The picture at a path or URL, or in a data URI or base64 text. From a URL, it comes as RGB already."""
     source = os.fspath(source)
@@ -55,7 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_rgb_array(image: np.ndarray | torch.Tensor, channels_last: bool | None = None) -> np.ndarray | torch.Tensor:
-    """An array or tensor of pixels as (3, height, width). `channels_last` None: the axis of size 3, else 1, the first first.
+    """An array or tensor of pixels as (3, height, width). Where its channels are is inferred, or said: `channels_last`.
 
     Raises:
         ValueError: it has another shape, is empty, or has values that are not finite.
@@ -150,19 +153,22 @@ class LlavaVrProcessor(ProcessorMixin):
         Raises:
             ValueError: as many images as placeholders are needed; an image that cannot be read is named by its number.
         """
-        images_kwargs = kwargs.pop("images_kwargs", None) or {}
-        data_format = kwargs.pop("input_data_format", None) or images_kwargs.get("input_data_format")
+        options = dict(kwargs.pop("images_kwargs", None) or {})
+        data_format = kwargs.pop("input_data_format", options.pop("input_data_format", None))
         images, counts = self._read_images([] if images is None else images, data_format)
         sizes = [tuple(image.shape[1:]) for image in images]
         if counts and isinstance(text, (list, tuple)) and not kwargs.get("sanitize_control_tokens"):
             self._check_rows(text, counts)
-        if text is not None and not hasattr(ProcessorMixin, "get_text_with_replacements"):  # transformers below 5.8
+        if text is not None and not EXPANDS_PLACEHOLDERS:
             text = self._expand_placeholders([text] if isinstance(text, str) else text, sizes)
         if not images:
             return super().__call__(text=text, **kwargs)
         # said, not guessed: a picture 1, 3 or 4 pixels wide would mislead transformers
-        images_kwargs = {**images_kwargs, "input_data_format": "channels_first"}
-        inputs = super().__call__(images=images, text=text, images_kwargs=images_kwargs, **kwargs)
+        said = {"input_data_format": "channels_first"}
+        kwargs |= {"images_kwargs": options | said} if options else said
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if text is not None and not EXPANDS_PLACEHOLDERS:
+            self._check_special_mm_tokens(text, inputs, modalities=["image"])
         if "image_sizes" not in inputs:
             is_tensor = isinstance(inputs["pixel_values"], torch.Tensor)
             inputs["image_sizes"] = torch.tensor(sizes) if is_tensor else np.array(sizes)

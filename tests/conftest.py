@@ -23,12 +23,15 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = """{%- for message in messages -%}
-<|{{ message.role }}|>
-{%- if message.role == 'assistant' %}{% generation %}{{ message.content }}</s>{% endgeneration %}
-{%- elif message.content is string %}{{ message.content }}
-{%- else %}{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}
+CHAT_TEMPLATE = """{%- macro text(content) -%}
+{%- if content is string %}{{ content }}
+{%- else %}{% for part in content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}
 {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+<|{{ message.role }}|>
+{%- if message.role == 'assistant' %}{% generation %}{{ text(message.content) }}</s>{% endgeneration %}
+{%- else %}{{ text(message.content) }}{% endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}<|assistant|>{% endif -%}"""
 AUTO_MAP = {
@@ -138,24 +141,18 @@ def package(tmp_path_factory, tiny_config, processor_for):
 
 @pytest.fixture(scope="session")
 def make_inputs():
-    """`make_inputs(config, rows, padding_side)`: a batch of random pixels; a row is a list of token ids and image sizes."""
+    """`make_inputs(config, rows, padding_side)`: a batch of random pixels; a row holds token ids and image sizes."""
 
     def make(config: LlavaVrConfig, rows: list, padding_side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-        layout, side, generator = (
-            config.image_layout,
-            config.vision_config.image_size,
-            torch.Generator().manual_seed(seed),
-        )
+        layout, side = config.image_layout, config.vision_config.image_size
+        generator = torch.Generator().manual_seed(seed)
         sizes = [part for row in rows for part in row if isinstance(part, tuple)]
         spelled = [
             [t for p in row for t in ([config.image_token_id] * layout.num_tokens(p) if isinstance(p, tuple) else [p])]
             for row in rows
         ]
         length = max(map(len, spelled))
-        input_ids, attention_mask = (
-            torch.zeros(len(rows), length, dtype=torch.long),
-            torch.zeros(len(rows), length).long(),
-        )
+        input_ids, attention_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
         for i, row in enumerate(spelled):
             place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
             input_ids[i, place], attention_mask[i, place] = torch.tensor(row), 1

@@ -1,0 +1,130 @@
+"""The nano model's parts: tokenizer, chat template, processor, configuration and the model around a trained tower."""
+
+from pathlib import Path
+
+from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
+
+from lab.receipts import CANVAS, KINDS, ask, draw_rows, generator
+
+
+PAD, END, SYSTEM, USER, ASSISTANT, IMAGE = SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<image>",
+)
+MAX_LENGTH = 512
+CHAT_TEMPLATE = """{%- macro render(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- else -%}
+{%- for part in content -%}{{- '<image>' if part.type == 'image' else part.text -}}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- '<|' + message.role + '|>' -}}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{- render(message.content) + '<|end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- render(message.content) + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: any text can be written, the lab's own words are one token, digits stand alone."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=40,  # leaves made-up words in pieces
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = []
+    for index in range(3000):
+        rng = generator(seed, index)
+        rows = draw_rows(rng)
+        turns = [ask(rng, rows, kind) for kind in KINDS]
+        texts += [turn.question for turn in turns] + [turn.answer for turn in turns]
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def make_processor() -> LlavaVrProcessor:
+    """One square picture of 96 x 96 pixels, sixteen vision tokens."""
+    image_processor = LlavaImageProcessorPil(
+        do_pad=True,
+        size={"height": CANVAS, "width": CANVAS},
+        do_center_crop=False,
+        crop_size={"height": CANVAS, "width": CANVAS},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaVrProcessor(
+        image_processor,
+        make_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+        patch_size=8,
+        projector_downsample=3,
+        image_aspect_ratio="pad",
+        image_merge_type="flat",
+    )
+
+
+def make_model(tower: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaVrForConditionalGeneration:
+    """A fresh decoder, projector and Vision Remember modules around the trained tower, which is frozen."""
+    vision_tower = CLIPVisionModel.from_pretrained(tower, attn_implementation="eager")
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation="eager",  # faster here than sdpa, whose backward pass on a CPU is slow
+    )
+    config = LlavaVrConfig(
+        vision_config=vision_tower.config,
+        text_config=text_config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        projector_type="avg_pool",
+        projector_downsample=3,
+        vision_feature_layer=-1,
+        remember_feature_layers=[2, 4, 6],
+        remember_layers=[0, 1, 2],
+        remember_hidden_size=128,
+        remember_num_heads=8,
+        image_aspect_ratio="pad",
+        image_merge_type="flat",
+    )
+    model = LlavaVrForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    model.model.vision_tower.requires_grad_(False).eval()
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, max_new_tokens=64
+    )
+    return model

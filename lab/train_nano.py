@@ -1,0 +1,127 @@
+"""Stage two: projector, decoder and Vision Remember modules learn to answer, over the frozen tower of stage one.
+
+    python -m lab.train_nano --tower /tmp/nano/tower --output /tmp/nano/model        # about fifty minutes on two cores
+    python -m lab.train_nano --tower /tmp/nano/tower --output /tmp/nano/model --steps 100
+
+The output is a complete checkpoint folder with processor and code.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from llava_vr import LlavaVrProcessor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from lab.muon import MuonAdamW
+from lab.nano import ASSISTANT, END, IMAGE, USER, make_model, make_processor
+from lab.receipts import KINDS, Row, Turn, ask, draw_receipt, generator, pixels
+
+
+TRAIN_SEED, CHECK_SEED = 11, 12
+LEARNING_RATE = 2e-3
+TURNS = 8
+
+
+def draw_dialogue(rng: np.random.Generator, rows: tuple[Row, ...]) -> list[Turn]:
+    """Several turns about one picture. Half begin with the transcription; the others must look at the picture first."""
+    looks = [kind for kind in KINDS if kind != "transcribe"]
+    turns = [ask(rng, rows, looks[rng.integers(len(looks))]) for _ in range(TURNS)]
+    place = 0 if rng.random() < 0.5 else int(rng.integers(1, TURNS + 1))
+    return turns[:place] + [ask(rng, rows, "transcribe")] + turns[place:]
+
+
+class Dialogues(Dataset):
+    """Tokenized conversations about pictures, drawn on demand from a seed and an index; loss on the answers only."""
+
+    def __init__(self, processor: LlavaVrProcessor, seed: int, length: int):
+        self.tokenizer, self.seed, self.length = processor.tokenizer, seed, length
+        self.image = IMAGE * processor.image_layout.num_tokens(None)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng = generator(self.seed, index)
+        receipt = draw_receipt(rng)
+        parts = []
+        for turn in draw_dialogue(rng, receipt.rows):
+            parts += [f"{USER}{self.image if not parts else ''}{turn.question}{END}{ASSISTANT}", f"{turn.answer}{END}"]
+        pieces = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
+        labels = [token if number % 2 else -100 for number, piece in enumerate(pieces) for token in piece]
+        return {
+            "input_ids": torch.tensor(sum(pieces, [])),
+            "labels": torch.tensor(labels),
+            "pixel_values": torch.from_numpy(pixels(receipt.image)),
+        }
+
+    def collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Pad on the right."""
+
+        def pad(name: str, value: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
+
+        input_ids = pad("input_ids", self.tokenizer.pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (input_ids != self.tokenizer.pad_token_id).long(),
+            "labels": pad("labels", -100),
+            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        }
+
+
+def main() -> None:
+    """Train, then write the checkpoint folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tower", type=Path, required=True, help="folder that lab.train_tower wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model, its log and checkpoints")
+    parser.add_argument("--steps", type=int, default=3000, help="batches of 32 dialogues (default 3000)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+    args = parser.parse_args()
+    torch.manual_seed(TRAIN_SEED)
+    processor = make_processor()
+    model = make_model(args.tower, processor.tokenizer)
+    train = Dialogues(processor, TRAIN_SEED, args.steps * 32)
+    training = TrainingArguments(
+        output_dir=str(args.output / "checkpoints"),
+        max_steps=args.steps,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": args.steps // 2},
+        warmup_steps=150,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=True,
+        seed=TRAIN_SEED,
+        train_sampling_strategy="sequential",
+        logging_steps=25,
+        eval_strategy="steps",
+        eval_steps=250,
+        save_steps=250,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        dataloader_num_workers=1,
+        report_to="none",
+    )
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=Dialogues(processor, CHECK_SEED, 256),
+        data_collator=train.collate,
+        optimizers=(MuonAdamW(model, LEARNING_RATE), None),
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    Path(args.output, "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+
+
+if __name__ == "__main__":
+    main()
