@@ -69,8 +69,8 @@ def cut_windows(grid: torch.Tensor, stride: int, window: int) -> torch.Tensor:
     """
     Cuts a grid of features into one window for each `stride` x `stride` region, regions and entries row by row.
 
-    A grid that `stride` does not divide is padded at the bottom and right. A window larger than its region is centred on
-    it (an odd surplus goes to the bottom and right) and overlaps its neighbours. Padding is exactly zero.
+    A grid that `stride` does not divide is padded at the bottom and right. A window larger than its region is centred
+    on it (an odd surplus goes to the bottom and right) and overlaps its neighbours. Padding is exactly zero.
 
     Args:
         grid: `(tiles, rows, columns, features)`.
@@ -106,8 +106,8 @@ def to_grid(features: torch.Tensor, grid_size: int) -> torch.Tensor:
 
 def average_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
     """
-    Averages each region of a grid `(tiles, features, g, g)` to `(tiles, features, t, t)`. With `ceil_mode`, a region at the
-    edge is divided by the number of features that it really has.
+    Averages each region of a grid `(tiles, features, g, g)` to `(tiles, features, t, t)`. With `ceil_mode`, a region at
+    the edge is divided by the number of features that it really has.
     """
     return F.avg_pool2d(grid, stride, ceil_mode=True)
 
@@ -145,18 +145,18 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, query, key, value, mask=None):
-        # query: (..., queries, hidden), key and value: (..., keys, hidden), mask: bool, fits (..., heads, queries, keys)
+        # query (..., queries, hidden), key and value (..., keys, hidden), mask: bool, fits (..., heads, queries, keys)
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         query, key, value = (
             F.linear(states, weight, bias).unflatten(-1, self.head_shape).transpose(-3, -2)
-            for states, weight, bias in zip((query, key, value), weights, biases)
+            for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )  # (..., heads, queries or keys, head_dim)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out_proj(attended.transpose(-3, -2).flatten(-2))
 
 
 class MlpProjector(Mlp):
-    """LLaVA-NeXT: every patch becomes a token. The base of the projectors that end or begin with the same two layers."""
+    """LLaVA-NeXT: every patch becomes a token. Also the base of the projectors that begin or end with its layers."""
 
     uses_levels = False
 
@@ -192,7 +192,7 @@ class PixelShuffleProjector(MlpProjector):
 
 
 class LdpV2Projector(MlpProjector):
-    """MobileVLM V2: the MLP, the mean of each region, then a depth-wise convolution with a skip that tells positions."""
+    """MobileVLM V2: the MLP, the mean of each region, then a depth-wise convolution with a skip for positions."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -237,7 +237,7 @@ class RegNetBlock(nn.Module):
 
 
 class CAbstractorProjector(nn.Module):
-    """Honeybee: RegNet blocks, the mean of each region, RegNet blocks, then an MLP. Its activation is SiLU throughout."""
+    """Honeybee: RegNet blocks, the mean of each region, RegNet blocks, then an MLP, all with SiLU."""
 
     uses_levels = False
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from packaging import version
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, load_image
@@ -16,6 +18,7 @@ from .configuration_llava_vr import ImageLayout, check_tiling
 
 
 EXPANDS_PLACEHOLDERS = hasattr(ProcessorMixin, "get_text_with_replacements")  # transformers does it itself from 5.8 on
+MASKS_AFTER_IMAGES = version.parse(transformers.__version__) >= version.parse("5.18")  # before, the mask is misplaced
 
 
 def open_image(source: str | os.PathLike) -> Image.Image:
@@ -157,10 +160,11 @@ class LlavaVrProcessor(ProcessorMixin):
         data_format = kwargs.pop("input_data_format", options.pop("input_data_format", None))
         images, counts = self._read_images([] if images is None else images, data_format)
         sizes = [tuple(image.shape[1:]) for image in images]
-        if counts and isinstance(text, (list, tuple)) and not kwargs.get("sanitize_control_tokens"):
-            self._check_rows(text, counts)
+        if text is not None and not kwargs.get("sanitize_control_tokens"):  # it marks what is not a placeholder
+            text = [text] if isinstance(text, str) else text
+            self._check_placeholders(text, len(images), counts)
         if text is not None and not EXPANDS_PLACEHOLDERS:
-            text = self._expand_placeholders([text] if isinstance(text, str) else text, sizes)
+            text = self._expand_placeholders(text, sizes)
         if not images:
             return super().__call__(text=text, **kwargs)
         # said, not guessed: a picture 1, 3 or 4 pixels wide would mislead transformers
@@ -180,7 +184,10 @@ class LlavaVrProcessor(ProcessorMixin):
             kwargs["sanitize_control_tokens"] = True
         else:
             self._check_conversation(conversation)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        outputs = super().apply_chat_template(conversation, *args, **kwargs)
+        if kwargs.get("return_assistant_tokens_mask") and not MASKS_AFTER_IMAGES and "pixel_values" in outputs:
+            raise ValueError("return_assistant_tokens_mask with images needs transformers 5.18 or newer.")
+        return outputs
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image: `image_token`, as often as the model has vision tokens for it."""
@@ -229,21 +236,23 @@ class LlavaVrProcessor(ProcessorMixin):
         counts = [read(image) for image in images]
         return arrays, counts if any(isinstance(image, (list, tuple)) for image in images) else None
 
-    def _check_rows(self, texts: list[str], counts: list[int]):
-        if len(texts) == len(counts):
-            for row, (text, count) in enumerate(zip(texts, counts)):
-                if (found := text.count(self.image_token)) != count:
+    def _check_placeholders(self, texts: list[str], num_images: int, counts: list[int] | None):
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("text must be a string or a list of strings.")
+        found = [text.count(self.image_token) for text in texts]
+        if counts is not None and len(counts) == len(found):
+            for row, pair in enumerate(zip(found, counts)):
+                if pair[0] != pair[1]:
                     raise ValueError(
-                        f"text[{row}] has {found} {self.image_token} but images[{row}] has {count} images: "
+                        f"text[{row}] has {pair[0]} {self.image_token} but images[{row}] has {pair[1]} images: "
                         "one for each is needed."
                     )
+        if sum(found) != num_images:
+            raise ValueError(
+                f"Found {sum(found)} {self.image_token} in the text but {num_images} images: one for each is needed."
+            )
 
     def _expand_placeholders(self, texts: list[str], sizes: list[tuple[int, int]]) -> list[str]:
-        found = sum(text.count(self.image_token) for text in texts)
-        if found != len(sizes):
-            raise ValueError(
-                f"Found {found} {self.image_token} in the text but {len(sizes)} images: one for each is needed."
-            )
         counts = (self.image_layout.num_tokens(size) for size in sizes)
         parts = (text.split(self.image_token) for text in texts)
         return [first + "".join(self.image_token * next(counts) + part for part in rest) for first, *rest in parts]

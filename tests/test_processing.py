@@ -9,7 +9,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import transformers
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
+from packaging import version
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, LlavaNextProcessor, LlavaProcessor
 
@@ -233,13 +235,13 @@ def test_chat_template(processor):
 def test_assistant_tokens_mask_of_a_batch(processor):
     one = chat({"type": "image", "image": random_image(40, 90)}, {"type": "text", "text": "red?"})
     two = chat({"type": "text", "text": "and"}, *[{"type": "image", "image": random_image(32, 32)}] * 2, answer="no no")
-    inputs = processor.apply_chat_template(
-        [one, two],
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        processor_kwargs={"padding": True, "return_tensors": "pt"},
-    )
+    arguments = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    arguments["processor_kwargs"] = {"padding": True, "return_tensors": "pt"}
+    if version.parse(transformers.__version__) < version.parse("5.18"):
+        with pytest.raises(ValueError, match="return_assistant_tokens_mask with images needs transformers 5.18"):
+            processor.apply_chat_template([one, two], **arguments)
+        return
+    inputs = processor.apply_chat_template([one, two], **arguments)
     masks = torch.as_tensor(inputs["assistant_masks"])
     assert masks.shape == inputs["input_ids"].shape
     answers = [processor.decode(ids[mask.bool()]) for ids, mask in zip(inputs["input_ids"], masks)]
@@ -399,17 +401,21 @@ def test_gif_of_one_frame(pixels_of, tmp_path):
 @pytest.mark.parametrize(
     "text, images, message",
     [
-        ("<image><image>", 1, "Found total 2 <image> tokens and 1 images"),
-        ("<image>", 2, "Found total 1 <image> tokens and 2 images"),
-        ("none", 1, "Found total 0 <image> tokens and 1 images"),
-        ("<image>", 0, "Found 1 <image> tokens in the text but no images"),
+        ("<image><image>", 1, "Found 2 <image> in the text but 1 images: one for each is needed"),
+        ("<image>", 2, "Found 1 <image> in the text but 2 images"),
+        ("none", 1, "Found 0 <image> in the text but 1 images"),
+        ("<image>", 0, "Found 1 <image> in the text but 0 images"),
     ],
 )
 def test_as_many_images_as_placeholders(processor, text, images, message):
-    if not hasattr(processor, "get_text_with_replacements"):  # transformers below 5.8: the processor's own check
-        message = f"Found {text.count('<image>')} <image> in the text but {images} images"
     with pytest.raises(ValueError, match=message):
         processor(images=[random_image(32, 32)] * images or None, text=text)
+
+
+@pytest.mark.parametrize("text", [[3], [["a", "b"]], [None]])
+def test_text_of_the_wrong_type_is_refused(processor, text):
+    with pytest.raises(ValueError, match="text must be a string or a list of strings"):
+        processor(text=text)
 
 
 def test_each_text_has_its_own_images(processor):
