@@ -154,23 +154,26 @@ class LlavaVrProcessor(ProcessorMixin):
             one tile, `(images, 3, height, width)`, and `image_sizes` `(images, 2)` as (height, width).
 
         Raises:
-            ValueError: as many images as placeholders are needed; an image that cannot be read is named by its number.
+            ValueError: as many images as placeholders are needed; an image that cannot be read is named by its number;
+                a text longer than the tokenizer's `model_max_length`.
         """
         options = dict(kwargs.pop("images_kwargs", None) or {})
         data_format = kwargs.pop("input_data_format", options.pop("input_data_format", None))
+        if options:
+            kwargs["images_kwargs"] = options
         images, counts = self._read_images([] if images is None else images, data_format)
         sizes = [tuple(image.shape[1:]) for image in images]
+        text = [text] if isinstance(text, str) else text
         if text is not None and not kwargs.get("sanitize_control_tokens"):  # it marks what is not a placeholder
-            text = [text] if isinstance(text, str) else text
             self._check_placeholders(text, len(images), counts)
         if text is not None and not EXPANDS_PLACEHOLDERS:
             text = self._expand_placeholders(text, sizes)
         if not images:
-            return super().__call__(text=text, **kwargs)
-        # said, not guessed: a picture 1, 3 or 4 pixels wide would mislead transformers
-        said = {"input_data_format": "channels_first"}
-        kwargs |= {"images_kwargs": options | said} if options else said
+            inputs = super().__call__(text=text, **kwargs)
+            self._check_length(inputs)
+            return inputs
         inputs = super().__call__(images=images, text=text, **kwargs)
+        self._check_length(inputs)
         if text is not None and not EXPANDS_PLACEHOLDERS:
             self._check_special_mm_tokens(text, inputs, modalities=["image"])
         if "image_sizes" not in inputs:
@@ -185,7 +188,8 @@ class LlavaVrProcessor(ProcessorMixin):
         else:
             self._check_conversation(conversation)
         outputs = super().apply_chat_template(conversation, *args, **kwargs)
-        if kwargs.get("return_assistant_tokens_mask") and not MASKS_AFTER_IMAGES and "pixel_values" in outputs:
+        has_images = isinstance(outputs, BatchFeature) and "pixel_values" in outputs
+        if has_images and kwargs.get("return_assistant_tokens_mask") and not MASKS_AFTER_IMAGES:
             raise ValueError("return_assistant_tokens_mask with images needs transformers 5.18 or newer.")
         return outputs
 
@@ -241,15 +245,24 @@ class LlavaVrProcessor(ProcessorMixin):
             raise ValueError("text must be a string or a list of strings.")
         found = [text.count(self.image_token) for text in texts]
         if counts is not None and len(counts) == len(found):
-            for row, pair in enumerate(zip(found, counts)):
-                if pair[0] != pair[1]:
+            for row, (placeholders, count) in enumerate(zip(found, counts)):
+                if placeholders != count:
                     raise ValueError(
-                        f"text[{row}] has {pair[0]} {self.image_token} but images[{row}] has {pair[1]} images: "
+                        f"text[{row}] has {placeholders} {self.image_token} but images[{row}] has {count} images: "
                         "one for each is needed."
                     )
         if sum(found) != num_images:
             raise ValueError(
                 f"Found {sum(found)} {self.image_token} in the text but {num_images} images: one for each is needed."
+            )
+
+    def _check_length(self, inputs: BatchFeature):
+        limit = self.tokenizer.model_max_length
+        longest = max(map(len, inputs.get("input_ids", [])), default=0)
+        if longest > limit:
+            raise ValueError(
+                f"text has {longest} tokens, those of its images included, but the tokenizer's model_max_length is "
+                f"{limit}: shorten it, pass fewer images, or set truncation=True."
             )
 
     def _expand_placeholders(self, texts: list[str], sizes: list[tuple[int, int]]) -> list[str]:

@@ -4,7 +4,7 @@ The decoder has the dimensions of Qwen2-0.5B, the memory those of CLIP-ViT-L/14-
 Both models share every weight but the modules'. Image features are drawn once: encoding them costs both the same.
 
     python benchmarks/overhead.py                                  # about five minutes on two cores
-    python benchmarks/overhead.py --tiles 1 --steps 50 --output benchmarks/overhead.json
+    python benchmarks/overhead.py --tiles 1 --steps 50 --output overhead.json
 """
 
 import argparse
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from llava_vr import LlavaVrConfig, LlavaVrModel
-from llava_vr.modeling_llava_vr import LlavaVrImageFeatures
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, DynamicCache, Qwen2Config
+
+from llava_vr import LlavaVrConfig, LlavaVrModel
+from llava_vr.modeling_llava_vr import LlavaVrImageFeatures
 
 
 PROMPT = 64
@@ -131,8 +132,8 @@ def measure(models: dict[str, LlavaVrModel], tiles: int, steps: int, prefills: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 5], help="tiles of the image (default 1 5)")
-    parser.add_argument("--steps", type=int, default=60, help="decode steps of each model (default 60)")
-    parser.add_argument("--prefills", type=int, default=20, help="prefills of each model (default 20)")
+    parser.add_argument("--steps", type=int, default=100, help="decode steps of each model (default 100)")
+    parser.add_argument("--prefills", type=int, default=10, help="prefills of each model (default 10)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()

@@ -77,9 +77,7 @@ path((ONE[0], 32.2), (ONE[0], 35.8), colour=RED, style="<|-|>", line=":")
 note(57, 34, "same order", color=RED, ha="left")
 
 # decoder
-axes.add_patch(
-    FancyBboxPatch((76, 5), 41, 54.5, boxstyle="round,pad=0,rounding_size=1", fc="#fafafa", ec=INK, lw=1)
-)
+axes.add_patch(FancyBboxPatch((76, 5), 41, 54.5, boxstyle="round,pad=0,rounding_size=1", fc="#fafafa", ec=INK, lw=1))
 note(96.5, 61.8, "decoder, its own code untouched", color=INK, fontsize=11)
 box(82, 8, 29, 5, "embeddings, image tokens in place", fontsize=10.5)
 for y, name in ((17.5, "decoder layer"), (37.5, "decoder layer")):

@@ -39,7 +39,12 @@ def answer(model, processor, cases: list[tuple[Image.Image, Turn]]) -> list[str]
         for image, turn in cases
     ]
     inputs = processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
     ).to(model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

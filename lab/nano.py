@@ -1,12 +1,13 @@
 """The nano model's parts: tokenizer, chat template, processor, configuration and the model around a trained tower."""
 
+import json
 from pathlib import Path
 
-from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from lab.receipts import CANVAS, KINDS, ask, draw_rows, generator
+from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 PAD, END, SYSTEM, USER, ASSISTANT, IMAGE = SPECIAL_TOKENS = (
@@ -91,7 +92,8 @@ def make_processor() -> LlavaVrProcessor:
 
 def make_model(tower: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaVrForConditionalGeneration:
     """A fresh decoder, projector and Vision Remember modules around the trained tower, which is frozen."""
-    vision_tower = CLIPVisionModel.from_pretrained(tower, attn_implementation="eager")
+    vision_tower = CLIPVisionModel.from_pretrained(tower)
+    vision_tower.config._name_or_path = ""
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -105,7 +107,6 @@ def make_model(tower: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaVrForCon
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="eager",  # faster here than sdpa, whose backward pass on a CPU is slow
     )
     config = LlavaVrConfig(
         vision_config=vision_tower.config,
@@ -124,7 +125,18 @@ def make_model(tower: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaVrForCon
     model = LlavaVrForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     model.model.vision_tower.requires_grad_(False).eval()
+    for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
+        part.set_attn_implementation("eager")
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, max_new_tokens=64
     )
     return model
+
+
+def save(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, folder: Path) -> None:
+    """Write the whole checkpoint folder: weights, configuration, processor and code."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "modeling_llava_vr.LlavaVrModel"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

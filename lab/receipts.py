@@ -210,9 +210,7 @@ def ask(rng: np.random.Generator, rows: tuple[Row, ...], kind: str) -> Turn:
 
 def main() -> None:
     """Write a contact sheet of samples, or one picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of sixteen samples here")
     parser.add_argument("--one", type=Path, help="write one picture of 288 x 288 here, and print what it says")
     parser.add_argument("--seed", type=int, default=7, help="stream of samples (default 7)")

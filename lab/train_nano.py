@@ -12,26 +12,49 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llava_vr import LlavaVrProcessor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from lab.muon import MuonAdamW
-from lab.nano import ASSISTANT, END, IMAGE, USER, make_model, make_processor
+from lab.nano import ASSISTANT, END, IMAGE, USER, make_model, make_processor, save
 from lab.receipts import KINDS, Row, Turn, ask, draw_receipt, generator, pixels
+from llava_vr import LlavaVrProcessor
 
 
 TRAIN_SEED, CHECK_SEED = 11, 12
 LEARNING_RATE = 2e-3
-TURNS = 8
+BATCH, TURNS = 32, 8
+READING_STEPS, PRICING_STEP, MIXING_STEP = 750, 1250, 1750  # what the dialogues practise changes here
+LOOKS = [kind for kind in KINDS if kind != "transcribe"]
 
 
-def draw_dialogue(rng: np.random.Generator, rows: tuple[Row, ...]) -> list[Turn]:
-    """Several turns about one picture. Half begin with the transcription; the others must look at the picture first."""
-    looks = [kind for kind in KINDS if kind != "transcribe"]
-    turns = [ask(rng, rows, looks[rng.integers(len(looks))]) for _ in range(TURNS)]
-    place = 0 if rng.random() < 0.5 else int(rng.integers(1, TURNS + 1))
+def draw_dialogue(rng: np.random.Generator, rows: tuple[Row, ...], step: int) -> list[Turn]:
+    """Several turns about one picture: look-ups, and a transcription before, among or after them.
+
+    Answers after a transcription can be copied from it, so what comes first is what is practised on the picture:
+    reading at first, then a mix, then prices by their item (the last to be found), and in the end some of every kind.
+    """
+    if step >= MIXING_STEP:
+        kinds = rng.permutation(LOOKS + ["item", "no item"])
+        turns, first = [ask(rng, rows, kind) for kind in kinds], rng.random() < 0.15
+        place = 0 if first else len(turns)
+    elif step >= PRICING_STEP and rng.random() < 0.6:  # every row once, and half as many items that are not there
+        prices = [ask(rng, (row,), "price") for row in rows]
+        prices += [ask(rng, rows, "no item") for _ in range(len(rows) // 2)]
+        turns = [prices[i] for i in rng.permutation(len(prices))]
+        turns += draw_looks(rng, rows, TURNS - len(turns), present=3)
+        place = len(turns)
+    else:
+        reading = step < READING_STEPS
+        turns = draw_looks(rng, rows, TURNS, present=1 if reading else 3)
+        place = 0 if rng.random() < (0.5 if reading else 0.25) else int(rng.integers(1, TURNS + 1))
     return turns[:place] + [ask(rng, rows, "transcribe")] + turns[place:]
+
+
+def draw_looks(rng: np.random.Generator, rows: tuple[Row, ...], count: int, present: float) -> list[Turn]:
+    """Look-ups of random kinds, those of things that are there `present` times as often as each of the others."""
+    weights = np.array([present if kind in ("price", "item") else 1 for kind in LOOKS])
+    return [ask(rng, rows, LOOKS[i]) for i in rng.choice(len(LOOKS), count, p=weights / weights.sum())]
 
 
 class Dialogues(Dataset):
@@ -48,7 +71,7 @@ class Dialogues(Dataset):
         rng = generator(self.seed, index)
         receipt = draw_receipt(rng)
         parts = []
-        for turn in draw_dialogue(rng, receipt.rows):
+        for turn in draw_dialogue(rng, receipt.rows, step=index // BATCH):
             parts += [f"{USER}{self.image if not parts else ''}{turn.question}{END}{ASSISTANT}", f"{turn.answer}{END}"]
         pieces = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
         labels = [token if number % 2 else -100 for number, piece in enumerate(pieces) for token in piece]
@@ -78,21 +101,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", type=Path, required=True, help="folder that lab.train_tower wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, its log and checkpoints")
-    parser.add_argument("--steps", type=int, default=3000, help="batches of 32 dialogues (default 3000)")
+    parser.add_argument("--steps", type=int, default=2650, help="batches of 32 dialogues (default 2650)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
     args = parser.parse_args()
     torch.manual_seed(TRAIN_SEED)
     processor = make_processor()
     model = make_model(args.tower, processor.tokenizer)
-    train = Dialogues(processor, TRAIN_SEED, args.steps * 32)
+    train = Dialogues(processor, TRAIN_SEED, args.steps * BATCH)
     training = TrainingArguments(
         output_dir=str(args.output / "checkpoints"),
         max_steps=args.steps,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=64,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": args.steps // 2},
+        lr_scheduler_kwargs={"num_decay_steps": args.steps // 4},
         warmup_steps=150,
         max_grad_norm=1.0,
         bf16=True,
@@ -118,8 +141,7 @@ def main() -> None:
         optimizers=(MuonAdamW(model, LEARNING_RATE), None),
     )
     trainer.train(resume_from_checkpoint=args.resume)
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
+    save(model, processor, args.output)
     Path(args.output, "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 

@@ -13,9 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
-from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
+
+from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 collect_ignore = ["common_suite", "compat"]

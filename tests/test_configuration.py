@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaNextProcessor, LlavaOnevisionProcessor
+
 from llava_vr import LlavaVrConfig
 from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS, ImageLayout
 from llava_vr.modeling_llava_vr import pack_tiles
-from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaNextProcessor, LlavaOnevisionProcessor
 
 
 NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -1,19 +1,23 @@
 """The processor: every mode end to end, parity with transformers, inputs of every kind, and refusals."""
 
 import base64
+import functools
+import http.server
 import importlib.util
 import io
 import json
+import threading
 import zlib
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 from packaging import version
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, LlavaNextProcessor, LlavaProcessor
+
+from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 MODES = {
@@ -212,7 +216,9 @@ def test_kwargs_as_pipelines_pass_them(processor):
     )
 
 
-def test_model_input_names(processor):
+@pytest.mark.parametrize("mode", ["anyres", "square"])
+def test_model_input_names(tiny_config, processor_for, mode):
+    processor = processor_for(tiny_config(**MODES[mode]))
     assert set(processor.model_input_names) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
 
 
@@ -277,13 +283,11 @@ def test_thin_picture_equals_its_channels_first_array(pixels_of, height, width):
 
 
 @pytest.mark.parametrize("size", [(1, 50), (4, 50), (40, 90), (50, 4), (50, 1)])
-@pytest.mark.parametrize(
-    "convert", [np.asarray, lambda image: torch.from_numpy(np.array(image))], ids=["numpy", "torch"]
-)
-def test_array_with_channels_last_or_first_equals_the_picture(pixels_of, size, convert):
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_array_with_channels_last_or_first_equals_the_picture(pixels_of, size, kind):
     image = random_image(*size)
-    for array in (convert(image), convert(channels_first(image))):
-        assert torch.equal(pixels_of(array), pixels_of(image))
+    for array in (np.array(image), channels_first(image)):
+        assert torch.equal(pixels_of(kind(array)), pixels_of(image))
 
 
 def test_array_of_which_the_layout_is_said(pixels_of):
@@ -298,7 +302,7 @@ def test_array_of_which_the_layout_is_said(pixels_of):
 @pytest.mark.parametrize("shape", [(40, 90), (1, 40, 90), (40, 90, 1)])
 def test_grey_array_is_repeated(pixels_of, shape):
     grey = random_image(40, 90).convert("L")
-    assert torch.equal(pixels_of(np.asarray(grey).reshape(shape)), pixels_of(grey.convert("RGB")))
+    assert torch.equal(pixels_of(np.array(grey).reshape(shape)), pixels_of(grey.convert("RGB")))
 
 
 def test_stack_of_images(pixels_of):
@@ -314,6 +318,25 @@ def test_path_and_base64(pixels_of, tmp_path):
     text = base64.b64encode(path.read_bytes()).decode()
     for source in (path, str(path), text, f"data:image/png;base64,{text}"):
         assert torch.equal(pixels_of(source), pixels_of(image))
+
+
+def test_url(pixels_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    image = random_image(40, 90)
+    image.save(tmp_path / "image.png")
+    handler = functools.partial(SilentHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert torch.equal(pixels_of(f"{url}/image.png"), pixels_of(image))
+        with pytest.raises(ValueError, match=r"images\[0\] cannot be read"):
+            pixels_of(f"{url}/nowhere.png")
+        server.shutdown()
+
+
+class SilentHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
 def test_transparency_is_on_white_from_every_source(pixels_of, tmp_path):
@@ -360,7 +383,7 @@ def test_other_modes_equal_their_rgb(pixels_of, mode):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_16_bits_are_scaled_to_8(pixels_of, dtype, tmp_path):
-    grey = np.asarray(random_image(40, 90).convert("L"))
+    grey = np.array(random_image(40, 90).convert("L"))
     image = Image.fromarray(grey.astype(dtype) * 257)
     assert image.mode in ("I;16", "I")
     assert torch.equal(pixels_of(image), pixels_of(Image.fromarray(grey)))
@@ -513,3 +536,15 @@ def test_tiles_need_an_image_processor_that_makes_them(tiny_config, processor_fo
     square = processor_for(tiny_config(**MODES["square"]), backend)
     with pytest.raises(ValueError, match="'anyres' needs .* image_grid_pinpoints.* found CLIPImageProcessor"):
         LlavaVrProcessor(square.image_processor, square.tokenizer)
+
+
+@pytest.mark.parametrize("images", [None, [random_image(40, 90)]], ids=["text only", "with an image"])
+def test_a_text_beyond_the_context_is_refused(tiny_config, processor_for, images):
+    processor = processor_for(tiny_config())
+    processor.tokenizer.model_max_length = 100
+    text = "<image>" * (images is not None) + "a" * 100
+    if images is None:
+        assert len(processor(text=text)["input_ids"][0]) == 100
+        text += "a"
+    with pytest.raises(ValueError, match="model_max_length is 100"):
+        processor(text=text, images=images)

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS
-from llava_vr.modeling_llava_vr import PROJECTORS, cut_windows
 from torch import nn
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+
+from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS
+from llava_vr.modeling_llava_vr import PROJECTORS, cut_windows
 
 
 VISION_SIZE, TEXT_SIZE, NUM_HEADS, LAYERS, TILES = 16, 24, 4, 3, 2

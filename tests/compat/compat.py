@@ -1,7 +1,7 @@
 """Compares what a checkpoint answers with a stored reference; `run` starts it under several versions of transformers.
 
-    python tests/compat/compat.py . --write      # after a change of the root checkpoint: write reference.json anew
-    python tests/compat/compat.py .              # compare with it
+python tests/compat/compat.py . --write      # after a change of the root checkpoint: write reference.json anew
+python tests/compat/compat.py .              # compare with it
 """
 
 import argparse

@@ -4,9 +4,8 @@ import copy
 import unittest
 
 import torch
-from transformers import set_seed
-
 from llava_vr_tester import LlavaVrTester
+from transformers import set_seed
 
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -106,7 +105,7 @@ class LlavaVrGenerationTest(unittest.TestCase):
             "image_sizes": image_sizes,
         }
         together = self.new_tokens(self.generate(batch), batch)
-        for row, (h, w) in enumerate(sizes):
+        for row in range(len(sizes)):
             alone = {
                 "input_ids": torch.tensor([rows[row]]),
                 "attention_mask": torch.ones(1, len(rows[row]), dtype=torch.long),

@@ -1,0 +1,228 @@
+"""All files of the result besides the weights: tokenizer, processor, chat template, configurations, code, card."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+import llava_vr
+from llava_vr import LlavaVrConfig, LlavaVrProcessor
+
+from .plan import Plan
+from .readers import ConversionError, read_json
+from .sources import Source, read_image_processor
+from .templates import END_OF_TURN, STYLES, choose_style
+
+
+CODE = ("configuration_llava_vr.py", "modeling_llava_vr.py", "processing_llava_vr.py")
+AUTO_MAP = {
+    "config.json": {
+        "AutoConfig": "configuration_llava_vr.LlavaVrConfig",
+        "AutoModel": "modeling_llava_vr.LlavaVrModel",
+        "AutoModelForImageTextToText": "modeling_llava_vr.LlavaVrForConditionalGeneration",
+    },
+    "processor_config.json": {"AutoProcessor": "processing_llava_vr.LlavaVrProcessor"},
+}
+IMAGE_TOKEN = "<image>"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+PIXEL_FIELDS = ("image_mean", "image_std", "resample", "rescale_factor")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the source, or the base model's; no code of theirs is run.
+
+    Raises:
+        ConversionError: there is none, or it cannot be read.
+    """
+    folders = [source.folder, *source.tokenizer_folders]
+    folder = next((f for f in folders if any((f / name).is_file() for name in VOCABULARIES)), None)
+    if folder is None:
+        raise ConversionError(f"{source.folder}: no tokenizer beside the weights: pass --base-model with one.")
+    with tempfile.TemporaryDirectory() as copy:  # apart from config.json, whose model_type transformers may not know
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, copy)
+        (Path(copy) / "config.json").write_text(json.dumps({"model_type": source.text_config.model_type}))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # each class of tokenizer raises its own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConversionError(f"{folder}: the tokenizer cannot be read: {reason}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int | None) -> tuple[str, int]:
+    """The placeholder and its id: the source's, or one that is added at the end of the vocabulary."""
+    if image_token_id is not None and image_token_id < len(tokenizer):
+        return tokenizer.convert_ids_to_tokens(image_token_id), image_token_id
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if image_token_id is not None and found != image_token_id:
+        raise ConversionError(
+            f"image_token_id is {image_token_id}, but the tokenizer would give {IMAGE_TOKEN} {found}."
+        )
+    return IMAGE_TOKEN, found
+
+
+def make_image_processor(config: LlavaVrConfig, saved: dict[str, Any]):
+    """transformers' own image processor that fits the configuration; it is on PIL, and loads on torchvision too.
+
+    Args:
+        saved: the source's image processor, for the pixels' mean and deviation.
+    """
+    tile, siglip = config.vision_config.image_size, config.vision_config.model_type.startswith("siglip")
+    square = {"height": tile, "width": tile}
+    options: dict[str, Any] = {"size": {"shortest_edge": tile}, "crop_size": square}
+    if config.image_aspect_ratio.startswith("anyres"):
+        name, options["image_grid_pinpoints"] = "LlavaNext", config.image_grid_pinpoints
+    elif config.image_aspect_ratio == "pad":
+        name, options["do_pad"] = "Llava", True
+    elif siglip:
+        name, options = "Siglip", {"size": square}
+    else:
+        name = "CLIP"
+        if saved.get("do_center_crop") is False:
+            options |= {"size": square, "do_center_crop": False}
+    if siglip:
+        options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    options |= {field: saved[field] for field in PIXEL_FIELDS if saved.get(field) is not None}
+    return getattr(transformers, f"{name}ImageProcessorPil")(**options)
+
+
+def chat_template(source: Source, tokenizer: PreTrainedTokenizerBase, image_token: str, hint: str) -> tuple[str, str]:
+    """The template and the style's name; a template of the source's own stays if it knows images."""
+    if source.conversation is None:
+        own = source.folder / "chat_template.jinja"
+        text = own.read_text(encoding="utf-8") if own.is_file() else None
+        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+            text = text or read_json(source.folder / name).get("chat_template")
+        if isinstance(text, str) and "image" in text:
+            return text, "the source's"
+    style = source.conversation or choose_style(source.text_config.model_type, hint, tokenizer)
+    if style not in STYLES:
+        raise ConversionError(f"--conversation {style!r}: one of {', '.join(STYLES)}.")
+    return STYLES[style].replace(IMAGE_TOKEN, image_token), style
+
+
+def make_processor(
+    source: Source, config: LlavaVrConfig, tokenizer: PreTrainedTokenizerBase, image_token: str, template: str
+) -> LlavaVrProcessor:
+    """The processor of the result."""
+    folders = [source.folder, *source.image_folders]
+    saved = next((found for folder in folders if (found := read_image_processor(folder))), {})
+    if source.conversation == "honeybee":
+        saved = {**saved, "do_center_crop": False}  # its pictures are stretched to the square
+    tokenizer.chat_template = template
+    return LlavaVrProcessor(
+        make_image_processor(config, saved),
+        tokenizer,
+        chat_template=template,
+        image_token=image_token,
+        patch_size=config.vision_config.patch_size,
+        projector_downsample=config.projector_downsample,
+        image_aspect_ratio=config.image_aspect_ratio,
+        image_merge_type=config.image_merge_type,
+        image_end_tokens=config.projector_kwargs.get("end_tokens", 0),
+    )
+
+
+def generation_config(source: Source, tokenizer: PreTrainedTokenizerBase, image_token_id: int, style: str) -> dict:
+    """The source's generation defaults, valid, with the ends that its conversation style has and no placeholders."""
+    folders = [source.folder, *source.tokenizer_folders]
+    values = next((found for folder in folders if (found := read_json(folder / "generation_config.json"))), {})
+    values = {
+        name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")
+    }
+    if not values.get("do_sample"):
+        values = {name: value for name, value in values.items() if name not in SAMPLING}
+    if values.get("eos_token_id") is None:
+        ends = [tokenizer.eos_token_id, tokenizer.get_vocab().get(END_OF_TURN.get(style))]
+        ends = [end for end in dict.fromkeys(ends) if end is not None]
+        values["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    for name in ("bos_token_id", "pad_token_id"):
+        if values.get(name) is None:
+            values[name] = getattr(tokenizer, name)
+    values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), image_token_id})
+    return values
+
+
+def write_companions(
+    folder: Path, source: Source, plan: Plan, processor: LlavaVrProcessor, generation: dict[str, Any], style: str
+):
+    """Writes all files of the result but the weights and their index."""
+    plan.config.architectures = ["LlavaVrForConditionalGeneration"]
+    plan.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for name, auto_map in AUTO_MAP.items():
+        values = read_json(folder / name) | {"auto_map": auto_map}
+        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
+    if tokenizer_config.pop("auto_map", None):
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
+    GenerationConfig(**generation).save_pretrained(folder)
+    for name in CODE:
+        shutil.copyfile(Path(llava_vr.__file__).parent / name, folder / name)
+    (folder / "README.md").write_text(_card(source, plan, style), encoding="utf-8")
+
+
+def _card(source: Source, plan: Plan, style: str) -> str:
+    config = plan.config
+    layers = ", ".join(map(str, config.remember_layers)) or "none"
+    new = [step.target for step in plan.steps if step.handle is None]
+    untrained = sorted({".".join(name.split(".")[1:3]) if "remember" in name else name.split(".")[1] for name in new})
+    vision, text = config.vision_config, config.text_config
+    note = f"\nNot trained yet: {', '.join(untrained)}.\n" if untrained else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- llava-vr
+- vision-remember
+---
+
+# {source.folder.resolve().name}, as LLaVA-VR
+
+Converted from {source.kind} by `convert_weights.py`: {plan.summary().splitlines()[0]}.
+{note}
+| | |
+|---|---|
+| vision tower | {vision.model_type}, {vision.image_size} pixels, patches of {vision.patch_size} |
+| decoder | {text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |
+| projector | {config.projector_type}, {config.projector_downsample} patches a side to a token |
+| Vision Remember modules after layers | {layers} |
+| images | {config.image_aspect_ratio}, {config.image_merge_type} |
+| conversation | {style} |
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True, dtype="auto")
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+content = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": "What is it?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+).to(model.dtype)
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100), skip_special_tokens=True)[0])
+```
+
+The licences of the source's parts apply to this folder.
+"""

@@ -1,0 +1,557 @@
+"""What a folder holds, told by its content, and the configuration and the tensors of the model that it means."""
+
+import ast
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS, LlavaVrConfig
+
+from . import mapping
+from .mapping import Rules
+from .readers import ConversionError, Handle, has_weights, open_file, read_json, read_weights
+
+
+WRAPPER = r"(?:base_model\.)?(?:model\.(?=(?:model|lm_head)\.))?"  # of adapters and of what was trained beside them
+TRANSFORMERS_TYPES = ("llava", "llava_next", "llava_onevision")
+DECODERS = ((r"qwen(?!3|.*moe)", "qwen2"), (r"mistral", "mistral"), (r"llama|mobilevlm|^llava$", "llama"))
+# Towers that checkpoints of LLaVA name, for a source that has the tower's weights but not its configuration
+CLIP_L = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+KNOWN_TOWERS = {
+    "clip-vit-large-patch14-336": {**CLIP_L, "image_size": 336},
+    "clip-vit-large-patch14": {**CLIP_L, "image_size": 224},
+    "siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+}
+
+
+@dataclass
+class Options:
+    """The options of a conversion that change the model; see `convert`."""
+
+    vision_tower: str | None = None
+    base_model: str | None = None
+    remember_layers: list[int] | None = None
+    remember_feature_layers: list[int] | None = None
+    projector: str | None = None
+    maps: list[tuple[re.Pattern, str]] = field(default_factory=list)
+
+
+@dataclass
+class Part:
+    """Tensors of one origin. What an earlier part gives, a later one does not."""
+
+    handles: list[Handle]
+    rules: Rules
+    wrapper: str = ""  # a pattern that is taken off the beginning of each name
+
+    def names(self, maps: list[tuple[re.Pattern, str]]) -> list[tuple[str, Handle]]:
+        """The tensors, each with its name without the wrapper and after the maps of the command line."""
+        return [(mapping.apply_maps(re.sub(f"^{self.wrapper}", "", h.name), maps), h) for h in self.handles]
+
+
+@dataclass
+class Adapter:
+    """Low-rank updates of the source's tensors of these names: `scale` times B A is added."""
+
+    pairs: dict[str, tuple[Handle, Handle]]  # A, B
+    rules: Rules
+    scale: float
+
+
+@dataclass
+class Source:
+    """A recognised source. `config` holds the arguments of `LlavaVrConfig`, without what the tokenizer decides."""
+
+    kind: str
+    folder: Path
+    config: dict[str, Any]
+    parts: list[Part]
+    adapter: Adapter | None = None
+    conversation: str | None = None
+    tokenizer_folders: list[Path] = field(default_factory=list)
+    image_folders: list[Path] = field(default_factory=list)
+    image_token_id: int | None = None
+    new: tuple[str, ...] = ()  # beginnings of names that the source need not have
+    takes_tower: bool = False  # whether --vision-tower says something of it
+    has_reference: bool = False  # whether transformers' own class reads the folder
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        return self.config["text_config"]
+
+
+def locate(name: str, option: str, weights: bool = True) -> Path:
+    """A folder on disk, or a repository of the Hub, from its cache where it is there."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    try:
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + (["*.safetensors", "*.bin"] if weights else [])
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError:
+        raise ConversionError(f"{option} {name}: no such folder.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(f"{option} {name!r}: no folder here, and not to be had from the Hub: {reason}") from None
+
+
+def recognise(name: str, options: Options) -> Source:
+    """What a folder holds, and what model it means.
+
+    Raises:
+        ConversionError: it is none of the layouts that are read, or has a part that LLaVA-VR has not.
+    """
+    folder = locate(name, "SOURCE")
+    if not folder.is_dir():
+        raise ConversionError(f"SOURCE {folder}: a folder is needed, with config.json beside the weights.")
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type", "")
+    if (folder / "adapter_config.json").is_file():
+        source = _lora(folder, config, options)
+    elif (folder / "mm_projector.bin").is_file() and not has_weights(folder):
+        source = _stage_1(folder, config, options)
+    elif not config:
+        raise ConversionError(f"SOURCE {folder}: no config.json, so what it is cannot be told.")
+    elif model_type == "llava_vr":
+        source = _ours(folder, config)
+    elif model_type in TRANSFORMERS_TYPES and isinstance(config.get("vision_config"), dict):
+        source = _transformers(folder, config)
+    elif "lm_config" in config and _honeybee_projector(config):
+        source = _honeybee(folder, config)
+    elif "mm_vision_tower" in config or "mm_projector_type" in config:
+        source = _research(folder, config, options)
+    elif model_type in CONFIG_MAPPING and options.vision_tower:
+        source = _parts(folder, config, options)
+    else:
+        raise ConversionError(
+            f"SOURCE {folder}: model_type {model_type!r} is none of the sources that are read: LLaVA's research code "
+            "and its descendants, transformers' llava, llava_next and llava_onevision, LLaVA-VR, or a language model "
+            "with --vision-tower."
+        )
+    if options.vision_tower and not source.takes_tower:
+        raise ConversionError(f"--vision-tower {options.vision_tower}: SOURCE ({source.kind}) has its own.")
+    _apply_options(source, options)
+    if options.base_model:
+        source.tokenizer_folders.append(locate(options.base_model, "--base-model", weights=False))
+    return source
+
+
+def _apply_options(source: Source, options: Options):
+    config = source.config
+    if config["vision_config"].model_type == "siglip_vision_model":
+        config["vision_config"].vision_use_head = False
+    names = [(name, handle) for part in source.parts for name, handle in part.names(options.maps)]
+    matches = (re.match(r"model\.vision_remember\.(\d+)\.", name) for name, _ in names)
+    held = sorted({int(match[1]) for match in matches if match})
+    layers = held if options.remember_layers is None else options.remember_layers
+    config["remember_layers"] = layers
+    for layer in set(held) - set(layers):
+        for part in source.parts:
+            part.rules = [(rf"model\.vision_remember\.{layer}\..+", mapping.NO_MODULE), *part.rules]
+    source.new += tuple(f"model.vision_remember.{layer}." for layer in layers if layer not in held)
+    if held:
+        config |= {k: v for k, v in _remember_sizes(source, held[0], dict(names)).items() if k not in config}
+    if options.remember_feature_layers is not None:
+        config["remember_feature_layers"] = options.remember_feature_layers
+    if options.projector and options.projector != config["projector_type"]:
+        if options.projector not in PROJECTOR_OPTIONS:
+            raise ConversionError(f"--projector {options.projector!r}: one of {', '.join(PROJECTOR_OPTIONS)}.")
+        if (config["projector_type"], options.projector) != ("mlp", "avg_pool"):  # which has the same two layers
+            source.new += ("model.multi_modal_projector.",)
+            source.parts = [_without_projector(part) for part in source.parts]
+        downsample = 1 if options.projector == "mlp" else max(2, config["projector_downsample"])
+        config |= {"projector_type": options.projector, "projector_downsample": downsample, "projector_kwargs": None}
+        source.has_reference = False
+
+
+def _without_projector(part: Part) -> Part:
+    rules = [
+        (pattern, mapping.NEW_PROJECTOR if new.startswith("model.multi_modal_projector.") else new)
+        for pattern, new in part.rules
+    ]
+    rules.insert(0, (r"(?:model\.)?(?:mm_projector|multi_modal_projector|abstractor)\..+", mapping.NEW_PROJECTOR))
+    return dataclasses.replace(part, rules=rules)
+
+
+def _remember_sizes(source: Source, layer: int, handles: dict[str, Handle]) -> dict[str, Any]:
+    """Width, heads and window of the modules, from the shapes of one's tensors."""
+    try:
+        query, bias = (handles[f"model.vision_remember.{layer}.{k}"].shape for k in ("query.weight", "window_bias"))
+        (width, _), (heads, window) = query, bias
+    except (KeyError, ValueError):
+        raise ConversionError(
+            f"{source.folder}: model.vision_remember.{layer} needs query.weight (width, hidden_size) and window_bias "
+            "(heads, window * window): name the source's own with --map."
+        ) from None
+    side = math.isqrt(window)
+    return {
+        "remember_hidden_size": width,
+        "remember_num_heads": heads,
+        "remember_window": None if side == source.config["projector_downsample"] else side,
+    }
+
+
+# ---- configurations
+
+
+def _own_fields(known: type[PreTrainedConfig]) -> set[str]:
+    common = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    return {f.name for f in dataclasses.fields(known)} - common
+
+
+def _sub_config(values: dict[str, Any], model_type: str, side: str) -> PreTrainedConfig:
+    """The configuration of one side of the model, from a dictionary that may hold other fields, too."""
+    if model_type not in CONFIG_MAPPING:
+        raise ConversionError(f"the {side}'s model_type {model_type!r} is unknown to transformers.")
+    known = CONFIG_MAPPING[model_type]
+    names = _own_fields(known) - {"use_cache"}
+    names |= {"rope_theta", "rope_scaling", "partial_rotary_factor", "bos_token_id", "eos_token_id", "pad_token_id"}
+    values = {name: value for name, value in values.items() if name in names}
+    pad = values.get("pad_token_id")
+    if pad is not None and not 0 <= pad < values.get("vocab_size", pad + 1):
+        values["pad_token_id"] = None
+    for name in ("rope_scaling", "rope_parameters"):
+        if values.get(name) is None:
+            values.pop(name, None)
+    return known(**values)
+
+
+def _vision_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """The tower's configuration, from its own or from that of a model of images and text."""
+    model_type = config.get("model_type", "")
+    if isinstance(config.get("vision_config"), dict) and model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type].from_dict(config).vision_config
+    return _sub_config(config, model_type, "vision tower")
+
+
+@dataclass
+class _Tower:
+    """The tower that a source names; `folder` is None where only its configuration is known."""
+
+    config: PreTrainedConfig
+    folder: Path | None
+
+    def part(self, cut: int | None) -> Part:
+        """Its weights, without layer `cut` and those after it."""
+        if self.folder is None:
+            raise ConversionError("the source has no weights of the vision tower: pass --vision-tower.")
+        return Part(list(read_weights(self.folder).values()), _cut(r"(?:vision_model\.)?", cut) + mapping.TOWER_ALONE)
+
+
+def _cut(prefix: str, layer: int | None) -> list[tuple[str, str]]:
+    return [] if layer is None else [(rf"{prefix}encoder\.layers\.{layer}\..+", mapping.LAST_LAYER)]
+
+
+def _tower(folder: Path, config: dict[str, Any], options: Options, weights: bool) -> _Tower:
+    """The tower of `--vision-tower` or else the one that the source's configuration names."""
+    name, option = options.vision_tower, "--vision-tower"
+    if name is None:
+        name, option = config.get("mm_vision_tower") or config.get("vision_tower"), "mm_vision_tower"
+        if not name:
+            raise ConversionError(f"{folder}: names no vision tower: pass --vision-tower.")
+        if (folder / name).is_dir():
+            name = os.fspath(folder / name)
+    try:
+        place = locate(name, option, weights)
+    except ConversionError as error:
+        known = KNOWN_TOWERS.get(Path(name).name)
+        if known and not weights:
+            return _Tower(_vision_config(known), None)
+        raise ConversionError(f"{error} Pass --vision-tower with its folder.") from None
+    if not (place / "config.json").is_file():
+        raise ConversionError(f"{option} {place}: no config.json.")
+    return _Tower(_vision_config(read_json(place / "config.json")), place)
+
+
+def parse_pinpoints(value: Any, tile: int) -> list[list[int]]:
+    """Research code's tilings, (width, height), as (height, width) in the same order.
+
+    Args:
+        value: a list of pairs in pixels, such a list as a text, or "(1x1),...,(6x6)" in tiles.
+        tile: pixels per side of a tile.
+    """
+    pairs = value
+    if isinstance(value, str) and (found := re.findall(r"\((\d+)x(\d+)\)", value)):
+        (first_width, first_height), (last_width, last_height) = ((int(w), int(h)) for w, h in (found[0], found[-1]))
+        widths, heights = range(first_width, last_width + 1), range(first_height, last_height + 1)
+        pairs = [(width * tile, height * tile) for width in widths for height in heights]
+    elif isinstance(value, str):
+        try:
+            pairs = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pairs = None
+    if not isinstance(pairs, (list, tuple)) or any(not isinstance(p, (list, tuple)) or len(p) != 2 for p in pairs):
+        raise ConversionError(f"image_grid_pinpoints {value!r} is no list of (width, height) pairs.")
+    return [[height, width] for width, height in pairs]
+
+
+def _images(config: dict[str, Any], tile: int) -> dict[str, Any]:
+    """How research code cuts and joins tiles."""
+    ratio, merge = config.get("image_aspect_ratio") or "square", config.get("mm_patch_merge_type") or "flat"
+    if ratio == "slice":
+        raise ConversionError(
+            "image_aspect_ratio 'slice' (TokenPacker's HD mode): it puts the whole image after its tiles and text "
+            "tokens between them, which LLaVA-VR's layout has not."
+        )
+    if not re.fullmatch(r"square|pad|anyres(_max_\d+)?", ratio):
+        raise ConversionError(f"image_aspect_ratio {ratio!r}: only square, pad, anyres and anyres_max_N are read.")
+    if merge not in ("flat", "spatial", "spatial_unpad"):
+        raise ConversionError(f"mm_patch_merge_type {merge!r}: only flat, spatial and spatial_unpad are read.")
+    images: dict[str, Any] = {"image_aspect_ratio": ratio, "image_merge_type": merge}
+    if ratio.startswith("anyres"):
+        images["image_grid_pinpoints"] = parse_pinpoints(config.get("image_grid_pinpoints"), tile)
+    return images
+
+
+# ---- the layouts
+
+
+def _ours(folder: Path, config: dict[str, Any]) -> Source:
+    values = {name: value for name, value in config.items() if name in _own_fields(LlavaVrConfig)}
+    image_token_id = values.pop("image_token_id")
+    for side in ("vision_config", "text_config"):
+        values[side] = CONFIG_MAPPING[values[side]["model_type"]].from_dict(values[side])
+    part = Part(list(read_weights(folder).values()), mapping.OURS)
+    return Source("LLaVA-VR", folder, values, [part], image_token_id=image_token_id)
+
+
+def _transformers(folder: Path, config: dict[str, Any]) -> Source:
+    theirs = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    if not isinstance(theirs.vision_feature_layer, int):
+        raise ConversionError(f"vision_feature_layer {theirs.vision_feature_layer}: only one layer is read.")
+    if not theirs.multimodal_projector_bias:
+        raise ConversionError("multimodal_projector_bias false: LLaVA-VR's projector has biases.")
+    if theirs.vision_feature_select_strategy == "full" and theirs.vision_config.model_type == "clip_vision_model":
+        raise ConversionError("vision_feature_select_strategy 'full': LLaVA-VR does not keep the CLS token.")
+    if theirs.model_type == "llava":
+        pads = read_image_processor(folder).get("do_pad", False)
+        images = {"image_aspect_ratio": "pad" if pads else "square", "image_merge_type": "flat"}
+    else:
+        ratio = "anyres" if theirs.model_type == "llava_next" else theirs.vision_aspect_ratio
+        images = {"image_aspect_ratio": ratio, "image_merge_type": "spatial_unpad"}
+        images["image_grid_pinpoints"] = [list(pair) for pair in theirs.image_grid_pinpoints]
+    values = {
+        "vision_config": theirs.vision_config,
+        "text_config": theirs.text_config,
+        "projector_type": "mlp",
+        "projector_downsample": 1,
+        "projector_hidden_act": theirs.projector_hidden_act,
+        "vision_feature_layer": theirs.vision_feature_layer,
+        "vision_feature_select_strategy": theirs.vision_feature_select_strategy,
+        "tie_word_embeddings": theirs.tie_word_embeddings,
+        **images,
+    }
+    part = Part(list(read_weights(folder).values()), mapping.TRANSFORMERS)
+    source = Source(f"transformers' {theirs.model_type}", folder, values, [part])
+    source.image_token_id, source.has_reference = theirs.image_token_index, True
+    return source
+
+
+def _honeybee_projector(config: dict[str, Any]) -> dict[str, Any] | None:
+    return config.get("visual_projector_config") or config.get("projector_config")
+
+
+def _honeybee(folder: Path, config: dict[str, Any]) -> Source:
+    projector = _honeybee_projector(config)
+    if projector.get("projector_type") != "c-abs":
+        raise ConversionError(f"Honeybee's projector {projector.get('projector_type')!r}: only c-abs is read.")
+    if not isinstance(config.get("text_config"), dict):
+        raise ConversionError(f"{folder}: config.json of Honeybee lacks text_config.")
+    vision = _sub_config(config["vision_config"], "clip_vision_model", "vision tower")
+    tokens = projector.get("num_query_tokens") or config["num_query_tokens"]
+    grid, side = vision.image_size // vision.patch_size, math.isqrt(tokens)
+    if grid % side:
+        raise ConversionError(
+            f"Honeybee's {tokens} query tokens from a grid of {grid} x {grid} patches: its pooling regions overlap, "
+            "LLaVA-VR's do not."
+        )
+    values = {
+        "vision_config": vision,
+        "text_config": _sub_config(config["text_config"], config["text_config"]["model_type"], "language model"),
+        "projector_type": "c_abstractor",
+        "projector_downsample": grid // side,
+        "projector_kwargs": {
+            "hidden_size": projector.get("hidden_size", 1024),
+            "depth": projector["depth"],
+            "mlp_depth": projector["mlp_depth"],
+            "position_embedding": projector.get("pos_emb", False),
+            "pre_norm": projector.get("prenorm", False),
+            "end_tokens": projector.get("num_eos_tokens", 1),
+        },
+        "vision_feature_layer": projector.get("feature_layer_index", -1),
+        "image_aspect_ratio": "square",
+        "image_merge_type": "flat",
+    }
+    part = Part(list(read_weights(folder).values()), mapping.honeybee_rules())
+    return Source("Honeybee", folder, values, [part], conversation="honeybee")
+
+
+def _projector_layout(names: set[str], config: dict[str, Any], folder: Path) -> str:
+    """Whose projector it is, by the names of its tensors."""
+    names = {re.sub(r".*\bmm_projector\.", "", name) for name in names if "mm_projector." in name}
+    marks = {"tokenpacker": "q_proj_1.weight", "ldpv2": "peg.peg.0.weight", "mlp": "2.weight"}
+    for layout, mark in marks.items():
+        if mark in names and "4.weight" not in names:
+            return layout
+    declared = config.get("projector_type") or config.get("mm_projector_type")
+    if not names and declared in PROJECTOR_OPTIONS:
+        return declared
+    raise ConversionError(
+        f"{folder}: mm_projector_type {declared!r}: the projectors that are read are mlp2x_gelu, TokenPacker's, "
+        "MobileVLM's ldpnetv2, Honeybee's c-abs and LLaVA-VR's own; others through --map."
+    )
+
+
+def _research_source(kind: str, folder: Path, config: dict[str, Any], parts: list[Part], options: Options) -> Source:
+    """A model of LLaVA's research code from its (flat) configuration; the tower's part is added where one is needed."""
+    if config.get("mm_use_im_start_end"):
+        raise ConversionError("mm_use_im_start_end true: tokens around each image are not read.")
+    if config.get("mm_resampler_type"):
+        raise ConversionError(f"mm_resampler_type {config['mm_resampler_type']!r}: resamplers of LLaVA are not read.")
+    select = config.get("mm_vision_select_feature") or "patch"
+    if select != "patch":
+        raise ConversionError(f"mm_vision_select_feature {select!r}: only 'patch' is read.")
+    described = " ".join([config.get("model_type", ""), *(config.get("architectures") or [])]).lower()
+    decoder = next((d for pattern, d in DECODERS if any(re.search(pattern, word) for word in described.split())), None)
+    if decoder is None or re.search(r"mixtral|mpt|gemma|phi|moe", described):
+        raise ConversionError(f"{folder}: {described!r}: the decoders that are read are Llama, Mistral and Qwen2.")
+
+    names = {name for part in parts for name, _ in part.names(options.maps)}
+    layout = _projector_layout(names, config, folder)
+    declared = config.get("projector_type") or config.get("mm_projector_type")
+    projector = "avg_pool" if (layout, declared) == ("mlp", "avg_pool") else layout
+    own_tower = any(name.startswith("model.vision_tower.") for name in names)
+    other_tower = projector == "tokenpacker"
+    tower = _tower(folder, config, options, weights=other_tower or not own_tower)
+    layer, cut = config.get("mm_vision_select_layer", -2), None
+    if tower.config.model_type == "siglip_vision_model":  # its last layer is deleted, whatever the configuration says
+        cut = tower.config.num_hidden_layers = tower.config.num_hidden_layers - 1
+        layer = -1
+    for part in parts:
+        part.rules = _cut(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", cut) + [
+            *([(r"model\.vision_tower\..+", mapping.OTHER_TOWER)] if other_tower else []),
+            *mapping.research_rules(layout),
+        ]
+    if other_tower or not own_tower:
+        parts = [*parts, tower.part(cut)]
+
+    grid = tower.config.image_size // tower.config.patch_size
+    downsample = {
+        "mlp": 1,
+        "ldpv2": grid // 12,  # its pooling is to 12 x 12 tokens
+        "tokenpacker": config.get("scale_factor") or config.get("down_rate") or 2,
+    }.get(projector, config.get("projector_downsample") or 2)
+    if projector in ("ldpv2", "tokenpacker") and grid % downsample:
+        raise ConversionError(f"{projector} with regions of {downsample} on a grid of {grid} x {grid} is not read.")
+    values = {
+        "vision_config": tower.config,
+        "text_config": _sub_config(config, decoder, "language model"),
+        "projector_type": projector,
+        "projector_downsample": downsample,
+        "projector_kwargs": {"feature_layers": [12, 16, 22, 23]} if projector == "tokenpacker" else None,
+        "vision_feature_layer": layer,
+        **_images(config, tower.config.image_size),
+        **{k: v for k, v in config.items() if k in _own_fields(LlavaVrConfig) and k.startswith("remember_")},
+    }
+    source = Source(kind, folder, values, parts, takes_tower=True)
+    source.image_folders = [tower.folder] if tower.folder else []
+    return source
+
+
+def _research(folder: Path, config: dict[str, Any], options: Options) -> Source:
+    parts = [Part(list(read_weights(folder).values()), ())]
+    return _research_source("LLaVA's research code", folder, config, parts, options)
+
+
+def _base(option: str | None, artefact: str) -> tuple[Path, dict[str, Any], Part]:
+    if option is None:
+        raise ConversionError(f"SOURCE is {artefact}: pass the language model that it was trained on as --base-model.")
+    folder = locate(option, "--base-model")
+    return folder, read_json(folder / "config.json"), Part(list(read_weights(folder).values()), ())
+
+
+def _stage_1(folder: Path, config: dict[str, Any], options: Options) -> Source:
+    base_folder, base_config, base = _base(options.base_model, "a stage-1 projector (mm_projector.bin)")
+    artefact = Part(list(open_file(folder / "mm_projector.bin").handles.values()), (), wrapper=WRAPPER)
+    if "num_hidden_layers" not in config:
+        config = {**base_config, **config}
+    source = _research_source("stage-1 projector", folder, config, [artefact, base], options)
+    source.conversation = "plain"
+    return source
+
+
+def _lora(folder: Path, config: dict[str, Any], options: Options) -> Source:
+    settings = read_json(folder / "adapter_config.json")
+    refused = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+    for name in refused:
+        if settings.get(name):
+            raise ConversionError(f"adapter_config.json: {name} {settings[name]!r} is not merged: merge it with PEFT.")
+    if settings.get("peft_type", "LORA") != "LORA" or not settings.get("r") or "lora_alpha" not in settings:
+        raise ConversionError("adapter_config.json: only LoRA with r and lora_alpha is merged.")
+    files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
+    handles = open_file(next((path for path in files if path.is_file()), files[0])).handles
+    found: dict[str, dict[str, Handle]] = {}
+    full = []
+    for name, handle in handles.items():
+        if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", re.sub(f"^{WRAPPER}", "", name)):
+            found.setdefault(f"{match[1]}.weight", {})[match[2]] = handle
+        else:
+            full.append(handle)
+    for pair in found.values():
+        if len(pair) < 2:
+            raise ConversionError(f"{next(iter(pair.values())).place} has no {'B' if 'A' in pair else 'A'} beside it.")
+    if (folder / "non_lora_trainables.bin").is_file():
+        full += open_file(folder / "non_lora_trainables.bin").handles.values()
+    _, base_config, base = _base(options.base_model, "a LoRA adapter")
+    parts = [Part(full, (), wrapper=WRAPPER), base]
+    source = _research_source("LoRA adapter", folder, config or base_config, parts, options)
+    rank = math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"]
+    pairs = {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+    rules = [*base.rules, *mapping.below(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", mapping.TOWER)]
+    source.adapter = Adapter(pairs, rules, settings["lora_alpha"] / rank)
+    return source
+
+
+def _parts(folder: Path, config: dict[str, Any], options: Options) -> Source:
+    tower = _tower(folder, {}, options, weights=True)
+    projector = options.projector or "avg_pool"
+    values = {
+        "vision_config": tower.config,
+        "text_config": _sub_config(config, config["model_type"], "language model"),
+        "projector_type": projector,
+        "projector_downsample": 1 if projector == "mlp" else 2,
+    }
+    parts = [Part(list(read_weights(folder).values()), mapping.LANGUAGE_MODEL), tower.part(None)]
+    source = Source("a language model and a vision tower", folder, values, parts, takes_tower=True)
+    source.new, source.image_folders = ("model.multi_modal_projector.", "model.image_newline"), [tower.folder]
+    return source
+
+
+def read_image_processor(folder: Path) -> dict[str, Any]:
+    """The saved image processor of a folder, whichever file it is in; empty where there is none."""
+    inner = read_json(folder / "processor_config.json").get("image_processor")
+    return inner or read_json(folder / "preprocessor_config.json")
