@@ -897,6 +897,12 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
             deepstack_features=images.deepstack_features and [by_row(level) for level in images.deepstack_features],
         )
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        chunked = generation_config.prefill_chunk_size is not None and "mm_encoder_outputs" in model_kwargs
+        if chunked and version.parse(transformers.__version__) < version.parse("5.23"):
+            raise ValueError("prefill_chunk_size with images needs transformers 5.23 or newer.")
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -908,9 +914,7 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            images, ids = inputs.pop("mm_encoder_outputs", None), inputs.get("input_ids")
-            if images is not None and ids is not None and self.model.placeholder_mask(ids).any():
-                raise ValueError("prefill_chunk_size with images needs transformers 5.18 or newer.")
+            inputs.pop("mm_encoder_outputs", None)
         return inputs
 
 

@@ -1,7 +1,7 @@
 """Exact match of the nano model on fresh pictures, through the public API, greedy decoding, one question a chat.
 
     python -m lab.evaluate --model . --n 1000 --seed 99
-    python -m lab.evaluate --model /tmp/nano/model --n 100 --json result.json
+    python -m lab.evaluate --model lab/runs/nano --n 100 --json result.json
 
 Every picture is asked one question of each kind. An answer counts only if it is right to the letter.
 """

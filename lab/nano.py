@@ -128,7 +128,10 @@ def make_model(tower: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaVrForCon
     for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
         part.set_attn_implementation("eager")
     model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, max_new_tokens=64
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        suppress_tokens=[config.image_token_id],  # an answer never holds a placeholder
+        max_new_tokens=64,
     )
     return model
 

@@ -1,7 +1,7 @@
 """Stage two: projector, decoder and Vision Remember modules learn to answer, over the frozen tower of stage one.
 
-    python -m lab.train_nano --tower /tmp/nano/tower --output /tmp/nano/model        # about fifty minutes on two cores
-    python -m lab.train_nano --tower /tmp/nano/tower --output /tmp/nano/model --steps 100
+    python -m lab.train_nano --tower lab/runs/tower --output lab/runs/nano        # about an hour on two cores
+    python -m lab.train_nano --tower lab/runs/tower --output lab/runs/nano --steps 100
 
 The output is a complete checkpoint folder with processor and code.
 """

@@ -3,8 +3,8 @@
 The pictures are drawn, so it is known what lies under every patch: which characters, and which item and price its row
 holds. A tower trained on that is then frozen, as a real model starts from a pretrained tower.
 
-    python -m lab.train_tower --output /tmp/nano/tower                     # about half an hour on two cores
-    python -m lab.train_tower --output /tmp/nano/tower --steps 100         # a try
+    python -m lab.train_tower --output lab/runs/tower                     # about 20 minutes on two cores
+    python -m lab.train_tower --output lab/runs/tower --steps 100         # a try
 """
 
 import argparse

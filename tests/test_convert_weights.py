@@ -1323,3 +1323,13 @@ def test_projector_in_the_place_of_the_source_s(llava, tmp_path):
         found = weights["model.multi_modal_projector.linear_1.weight"]
         assert torch.equal(found, theirs["model.mm_projector.0.weight"]) == kept
     assert {reason for _, reason in result.plan.dropped} == {"replaced by --projector"}
+
+
+def test_dtypes_are_kept_and_wide_ones_come_first(llava, tmp_path):
+    """Tensors of two bytes before those of four could leave these at odd places of the file."""
+    result = convert(llava({GATE: torch.full((64, 48), 0.5, dtype=torch.bfloat16)}), tmp_path / "out")
+    assert result.plan.config.dtype == torch.float32
+    content = (tmp_path / "out" / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    last = max((entry["data_offsets"], entry["dtype"]) for name, entry in header.items() if name != "__metadata__")
+    assert last[1] == "BF16" and header["lm_head.weight"]["dtype"] == "F32"

@@ -314,7 +314,7 @@ def test_inputs_embeds_equal_input_ids(config, model, make_inputs):
         assert torch.equal(model(inputs_embeds=embeds, **rest).logits, model(**inputs).logits)
 
 
-# ---------------------------------------------------------------------------------- decoders, towers, projectors, merges
+# --------------------------------------------------------------------------------- decoders, towers, projectors, merges
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
