@@ -92,7 +92,8 @@ class LlavaVrProcessor(ProcessorMixin):
         tokenizer: with `image_token` as one token.
         chat_template (`str`, *optional*)
         image_token (`str`, defaults to `"<image>"`): the placeholder, once for each image in the text given.
-        patch_size, projector_downsample, image_aspect_ratio, image_merge_type: as in the configuration.
+        patch_size, projector_downsample, image_aspect_ratio, image_merge_type: as in the configuration; without an
+            `image_aspect_ratio` it is "anyres" for an image processor that makes tiles, else "square".
         image_end_tokens (`int`, defaults to 0): tokens that the projector adds to each tile.
     """
 
@@ -104,14 +105,17 @@ class LlavaVrProcessor(ProcessorMixin):
         image_token: str = "<image>",
         patch_size: int = 14,
         projector_downsample: int = 2,
-        image_aspect_ratio: str = "anyres",
+        image_aspect_ratio: str | None = None,
         image_merge_type: str = "spatial_unpad",
         image_end_tokens: int = 0,
         **kwargs,
     ):
         if image_token not in tokenizer.get_vocab():
             raise ValueError(f"image_token {image_token!r} is not a token of the tokenizer: add it as a special token.")
-        if image_aspect_ratio.startswith("anyres") and not getattr(image_processor, "image_grid_pinpoints", None):
+        has_tilings = bool(getattr(image_processor, "image_grid_pinpoints", None))
+        if image_aspect_ratio is None:
+            image_aspect_ratio = "anyres" if has_tilings else "square"
+        if image_aspect_ratio.startswith("anyres") and not has_tilings:
             raise ValueError(
                 f"image_aspect_ratio {image_aspect_ratio!r} needs an image processor with image_grid_pinpoints, such "
                 f"as LlavaNextImageProcessor; found {type(image_processor).__name__}."
@@ -253,7 +257,8 @@ class LlavaVrProcessor(ProcessorMixin):
                     )
         if sum(found) != num_images:
             raise ValueError(
-                f"Found {sum(found)} {self.image_token} in the text but {num_images} images: one for each is needed."
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of images: "
+                f"found {sum(found)} and {num_images}. Write one for each image, where it belongs."
             )
 
     def _check_length(self, inputs: BatchFeature):

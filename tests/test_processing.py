@@ -424,10 +424,10 @@ def test_gif_of_one_frame(pixels_of, tmp_path):
 @pytest.mark.parametrize(
     "text, images, message",
     [
-        ("<image><image>", 1, "Found 2 <image> in the text but 1 images: one for each is needed"),
-        ("<image>", 2, "Found 1 <image> in the text but 2 images"),
-        ("none", 1, "Found 0 <image> in the text but 1 images"),
-        ("<image>", 0, "Found 1 <image> in the text but 0 images"),
+        ("<image><image>", 1, "should be the same as the number of images: found 2 and 1"),
+        ("<image>", 2, "should be the same as the number of images: found 1 and 2"),
+        ("none", 1, "should be the same as the number of images: found 0 and 1"),
+        ("<image>", 0, "should be the same as the number of images: found 1 and 0"),
     ],
 )
 def test_as_many_images_as_placeholders(processor, text, images, message):

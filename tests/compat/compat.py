@@ -25,7 +25,7 @@ transformers.logging.disable_progress_bar()
 
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE.parents[1] / "examples" / "receipt.png"
-QUESTION = "how much is the tea?"
+QUESTION = "how much is the salad?"
 TOLERANCE = 1e-4  # of a logit, in float32
 
 
@@ -63,7 +63,8 @@ def observe(folder: str) -> dict:
 
     def generate(conversations, **options):
         inputs = prepare(conversations)
-        return model.generate(**inputs, **{**greedy, **options})[:, inputs["input_ids"].shape[1] :].tolist()
+        rows = model.generate(**inputs, **{**greedy, **options})[:, inputs["input_ids"].shape[1] :].tolist()
+        return [[token for token in row if token != processor.tokenizer.pad_token_id] for row in rows]
 
     one, two = chat(first), chat(wide, tall)
     mixed = [one, chat(question="hello"), chat(first, wide, tall)]
