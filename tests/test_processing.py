@@ -535,7 +535,8 @@ def test_impossible_processor_is_refused(processor, options, message):
 def test_tiles_need_an_image_processor_that_makes_them(tiny_config, processor_for, backend):
     square = processor_for(tiny_config(**MODES["square"]), backend)
     with pytest.raises(ValueError, match="'anyres' needs .* image_grid_pinpoints.* found CLIPImageProcessor"):
-        LlavaVrProcessor(square.image_processor, square.tokenizer)
+        LlavaVrProcessor(square.image_processor, square.tokenizer, image_aspect_ratio="anyres")
+    assert LlavaVrProcessor(square.image_processor, square.tokenizer).image_aspect_ratio == "square"
 
 
 @pytest.mark.parametrize("images", [None, [random_image(40, 90)]], ids=["text only", "with an image"])
