@@ -1,92 +1,136 @@
-"""Exact match of the nano model on fresh pictures, through the public API, greedy decoding, one question a chat.
+"""Exact match on fresh pictures, through the public API, greedy decoding, one question a chat.
 
-    python -m lab.evaluate --model . --n 1000 --seed 99
-    python -m lab.evaluate --model lab/runs/nano --n 100 --json result.json
+    python -m lab.evaluate --model . --n 200 --seed 99                            # fonts and layouts of the test alone
+    python -m lab.evaluate --model . --n 1000 --seed 99 --domains receipt --seen  # those of training
 
 Every picture is asked one question of each kind. An answer counts only if it is right to the letter.
 """
 
 import argparse
 import json
-import platform
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
-from lab.receipts import KINDS, Turn, ask, draw_receipt, generator
-
-
-def draw_cases(seed: int, count: int) -> Iterator[tuple[Image.Image, Turn]]:
-    """Fresh pictures at 96 to 288 pixels a side, each with one question of every kind."""
-    for index in range(count):
-        rng = generator(seed, index)
-        receipt = draw_receipt(rng)
-        for kind in KINDS:
-            yield receipt.image, ask(rng, receipt.rows, kind)
+from lab.drawing import Turn, generator
+from lab.samples import DOMAINS
+from lab.training import describe_machine
 
 
-@torch.inference_mode()
-def answer(model, processor, cases: list[tuple[Image.Image, Turn]]) -> list[str]:
-    """The model's answers to a batch of single-turn chats."""
-    chats = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": turn.question}]}]
-        for image, turn in cases
-    ]
-    inputs = processor.apply_chat_template(
-        chats,
+@dataclass(frozen=True)
+class Case:
+    """One question about one picture."""
+
+    domain: str
+    image: Image.Image
+    turn: Turn
+
+
+def draw_cases(seed: int, count: int, held_out: bool, domains: Sequence[str] = tuple(DOMAINS)) -> Iterator[Case]:
+    """Fresh pictures of each domain, each with one question of every kind."""
+    for name in domains:
+        for index in range(count):
+            rng = generator(seed, index)
+            picture = DOMAINS[name].draw(rng, held_out)
+            for kind in DOMAINS[name].KINDS:
+                yield Case(name, picture.image, DOMAINS[name].ask(rng, picture.facts, kind))
+
+
+def encode(model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case]) -> BatchFeature:
+    """A batch of single-turn chats, padded on the left."""
+    content = [[{"type": "image", "image": case.image}, {"type": "text", "text": case.turn.question}] for case in cases]
+    return processor.apply_chat_template(
+        [[{"role": "user", "content": parts}] for parts in content],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True},
     ).to(model.device)
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeature) -> list[str]:
+    """The model's answers to a batch of chats."""
     output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def measure(
+    model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case], batch_size: int = 70, answer=answer
+) -> tuple[dict[str, dict[str, str]], list[tuple[Case, str]]]:
+    """
+    Asks all cases.
+
+    Returns:
+        for each domain and kind of question, a text with a 1 for each picture answered right and a 0 for the others;
+        and the wrong answers.
+    """
+    right: dict[str, dict[str, str]] = {}
+    misses = []
+    for first in tqdm(range(0, len(cases), batch_size), desc="questions", unit="batch"):
+        batch = cases[first : first + batch_size]
+        for case, said in zip(batch, answer(model, processor, encode(model, processor, batch))):
+            kinds, is_right = right.setdefault(case.domain, {}), said == case.turn.answer
+            kinds[case.turn.kind] = kinds.get(case.turn.kind, "") + str(int(is_right))
+            if not is_right:
+                misses.append((case, said))
+    return right, misses
+
+
+def exact_match(right: dict[str, dict[str, str]]) -> dict[str, dict[str, float]]:
+    """Shares answered right, by domain and kind, and as "all" their mean."""
+    shares = {
+        domain: {kind: hits.count("1") / len(hits) for kind, hits in kinds.items()} for domain, kinds in right.items()
+    }
+    return {domain: {**kinds, "all": sum(kinds.values()) / len(kinds)} for domain, kinds in shares.items()}
+
+
+@torch.inference_mode()
+def attention_on_vision(model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case]) -> list[float]:
+    """For each decoder layer, the share of attention that the last token of the question pays to the vision tokens."""
+    inputs = encode(model, processor, cases)
+    is_vision = inputs["input_ids"] == model.config.image_token_id
+    attentions = model(**inputs, output_attentions=True).attentions  # one (batch, heads, queries, keys) a layer
+    return [layer[:, :, -1].mean(1)[is_vision].sum().item() / len(cases) for layer in attentions]
 
 
 def main() -> None:
     """Measure, print a table, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="checkpoint folder or Hub name (default: this folder)")
-    parser.add_argument("--n", type=int, default=1000, help="pictures (default 1000)")
+    parser.add_argument("--n", type=int, default=200, help="pictures of each domain (default 200)")
     parser.add_argument("--seed", type=int, default=99, help="stream of test pictures (default 99)")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--seen", action="store_true", help="fonts and layouts of training, not those held out")
     parser.add_argument("--batch-size", type=int, default=70)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument("--misses", type=int, default=0, help="print this many wrong answers (default 0)")
     args = parser.parse_args()
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
 
-    start, right, misses = time.perf_counter(), Counter(), []
-    cases = list(draw_cases(args.seed, args.n))
-    for first in range(0, len(cases), args.batch_size):
-        batch = cases[first : first + args.batch_size]
-        for (_, turn), said in zip(batch, answer(model, processor, batch)):
-            right[turn.kind] += said == turn.answer
-            if said != turn.answer:
-                misses.append((turn, said))
-
-    looks = [kind for kind in KINDS if kind != "transcribe"]
+    start = time.perf_counter()
+    cases = list(draw_cases(args.seed, args.n, not args.seen, args.domains))
+    right, misses = measure(model, processor, cases, args.batch_size)
     result = {
-        "exact": {kind: right[kind] / args.n for kind in KINDS},
-        "look-ups": sum(right[kind] for kind in looks) / (args.n * len(looks)),
-        "transcriptions": right["transcribe"] / args.n,
+        "exact": exact_match(right),
         "pictures": args.n,
         "seed": args.seed,
+        "fonts and layouts": "of training" if args.seen else "held out",
         "seconds": round(time.perf_counter() - start),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **describe_machine(),
     }
     print(json.dumps(result, indent=2))
-    for turn, said in misses[: args.misses]:
-        print(f"{turn.question!r}: {said!r}, not {turn.answer!r}")
+    for case, said in misses[: args.misses]:
+        print(f"{case.turn.question!r}: {said!r}, not {case.turn.answer!r}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,12 +1,14 @@
 """The nano model's parts: tokenizer, chat template, processor, configuration and the model around a trained tower."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from lab.receipts import CANVAS, KINDS, ask, draw_rows, generator
+from lab.drawing import CANVAS, generator
+from lab.receipts import KINDS, ask, draw_rows
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
@@ -37,7 +39,17 @@ CHAT_TEMPLATE = """{%- macro render(content) -%}
 """
 
 
-def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
+def receipt_texts(seed: int = 0) -> Iterator[str]:
+    """What the nano model's tokenizer is trained on: 3,000 price lists' questions and answers."""
+    for index in range(3000):
+        rng = generator(seed, index)
+        rows = draw_rows(rng)
+        turns = [ask(rng, rows, kind) for kind in KINDS]
+        yield from (turn.question for turn in turns)
+        yield from (turn.answer for turn in turns)
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: any text can be written, the lab's own words are one token, digits stand alone."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,12 +63,6 @@ def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = []
-    for index in range(3000):
-        rng = generator(seed, index)
-        rows = draw_rows(rng)
-        turns = [ask(rng, rows, kind) for kind in KINDS]
-        texts += [turn.question for turn in turns] + [turn.answer for turn in turns]
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -69,8 +75,8 @@ def make_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor() -> LlavaVrProcessor:
-    """One square picture of 96 x 96 pixels, sixteen vision tokens."""
+def make_processor(texts: Iterable[str], downsample: int = 3) -> LlavaVrProcessor:
+    """One square picture of 96 x 96 pixels, a vision token for each downsample x downsample patches of it."""
     image_processor = LlavaImageProcessorPil(
         do_pad=True,
         size={"height": CANVAS, "width": CANVAS},
@@ -81,10 +87,10 @@ def make_processor() -> LlavaVrProcessor:
     )
     return LlavaVrProcessor(
         image_processor,
-        make_tokenizer(),
+        make_tokenizer(texts),
         chat_template=CHAT_TEMPLATE,
         patch_size=8,
-        projector_downsample=3,
+        projector_downsample=downsample,
         image_aspect_ratio="pad",
         image_merge_type="flat",
     )

@@ -8,14 +8,26 @@ Every sample follows from a stream's seed and an index alone, so nothing is stor
 
 import argparse
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from lab.drawing import (
+    CANVAS,
+    CLASSES,
+    FONTS,
+    HELD_OUT_FONTS,
+    Picture,
+    Turn,
+    add_noise,
+    draw_colours,
+    generator,
+    load_font,
+    phrase,
+)
 
 
-CANVAS = 96  # the model's image side; pictures are drawn at one to three times that
 MAX_ROWS = 5
 ITEMS = (
     "tea", "coffee", "milk", "juice", "water", "beer", "wine", "cider", "cocoa", "soda",
@@ -25,15 +37,6 @@ ITEMS = (
     "cheese", "butter", "honey", "jam", "salt", "pepper", "sugar", "olive", "onion", "tomato",
     "potato", "carrot", "candle", "soap", "pencil", "paper",
 )  # fmt: skip
-FONTS = (
-    "default",
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-)
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,6 @@ class Receipt:
     glyphs: tuple[Glyphs, ...]
 
 
-@lru_cache(maxsize=1024)
-def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that Pillow or matplotlib carries in its wheel."""
-    if name == "default":
-        return ImageFont.load_default(size)
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
-
-
-def generator(seed: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample."""
-    return np.random.default_rng((seed, index))
-
-
 def draw_rows(rng: np.random.Generator) -> tuple[Row, ...]:
     """Two to five rows, every item and every price at most once."""
     count = int(rng.integers(2, MAX_ROWS + 1))
@@ -87,25 +75,20 @@ def draw_rows(rng: np.random.Generator) -> tuple[Row, ...]:
     return tuple(Row(ITEMS[item], int(price)) for item, price in zip(items, prices))
 
 
-def draw_colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Paper and ink: dark on light, or now and then light on dark."""
-    light = tuple(int(value) for value in rng.integers(205, 256, 3))
-    dark = tuple(int(value) for value in rng.integers(0, 100, 3))
-    return (dark, light) if rng.random() < 0.15 else (light, dark)
-
-
-def draw_receipt(rng: np.random.Generator, scale: float | None = None) -> Receipt:
+def draw_receipt(rng: np.random.Generator, scale: float | None = None, held_out: bool = False) -> Receipt:
     """Draw a price list of random rows, font, size, colours, layout and noise.
 
     Args:
         rng: source of every choice.
         scale: picture side in units of 96 pixels; drawn between 1 and 3 if not given.
+        held_out: take the fonts that are kept for tests, and write the price before its item.
     """
     rows = draw_rows(rng)
     scale = float(rng.uniform(1, 3)) if scale is None else scale
     side = round(CANVAS * scale)
     paper, ink = draw_colours(rng)
-    name = FONTS[rng.integers(len(FONTS))]
+    fonts = HELD_OUT_FONTS if held_out else FONTS
+    name = fonts[rng.integers(len(fonts))]
     margin, gap = 3 * scale, 6 * scale
     size = int(rng.uniform(11.5, 17) * scale)
     while True:  # the largest size up to the drawn one that fits
@@ -131,20 +114,26 @@ def draw_receipt(rng: np.random.Generator, scale: float | None = None) -> Receip
         price, y = str(row.price), top + number * pitch
         end = left + font.getlength(row.item) + gap
         price_x = column - font.getlength(price) if aligned else end
-        for text, x in ((row.item, left), (price, price_x)):
+        item_x = left
+        if held_out:
+            price_x, item_x = left, left + price_width + gap
+        for text, x in ((row.item, item_x), (price, price_x)):
             pen.text((x, y), text, fill=ink, font=font)
             edges = tuple((x + font.getlength(text[:i])) / side for i in range(len(text) + 1))
             glyphs.append(Glyphs(text, number, y / side, (y + ascent + descent) / side, edges))
-    if rng.random() < 0.5:
-        noise = rng.standard_normal((side, side, 1), dtype=np.float32) * rng.uniform(2, 10)
-        image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
-    return Receipt(image, rows, tuple(glyphs))
+    return Receipt(add_noise(rng, image), rows, tuple(glyphs))
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    """What the image processor makes of a square picture: (3, 96, 96), values in -1 to 1."""
-    small = image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
-    return np.asarray(small, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
+    """A price list as a picture with its map; the facts are its rows."""
+    receipt = draw_receipt(rng, held_out=held_out)
+    labels = Image.new("L", receipt.image.size, 0)
+    pen, side = ImageDraw.Draw(labels), labels.width
+    for glyphs in receipt.glyphs:
+        for character, left, right in zip(glyphs.text, glyphs.edges, glyphs.edges[1:]):
+            box = [round(v * side) for v in (left, glyphs.top, right, glyphs.bottom)]
+            pen.rectangle(box, fill=CLASSES.index(character))
+    return Picture(receipt.image, labels, receipt.rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- questions
@@ -160,23 +149,6 @@ ITEM = ("What costs {price}?", "Which item costs {price}?", "What can I buy for 
 CHEAPEST = ("Which is cheapest?", "What is the cheapest item?", "Which item costs the least?")
 DEAREST = ("Which is dearest?", "What is the most expensive item?", "Which item costs the most?")
 KINDS = ("transcribe", "price", "item", "cheapest", "dearest", "no item", "no price")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question of a given kind, and its answer."""
-
-    kind: str
-    question: str
-    answer: str
-
-
-def phrase(rng: np.random.Generator, templates: tuple[str, ...], **values: object) -> str:
-    """One of the templates, at times without its capital or its final mark."""
-    text = templates[rng.integers(len(templates))].format(**values)
-    if rng.random() < 0.4:
-        text = text[0].lower() + text[1:]
-    return text[:-1] if rng.random() < 0.25 else text
 
 
 def made_up_word(rng: np.random.Generator) -> str:

@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from lab.drawing import Turn, generator, pixels
 from lab.muon import MuonAdamW
-from lab.nano import ASSISTANT, END, IMAGE, USER, make_model, make_processor, save
-from lab.receipts import KINDS, Row, Turn, ask, draw_receipt, generator, pixels
+from lab.nano import ASSISTANT, END, IMAGE, USER, make_model, make_processor, receipt_texts, save
+from lab.receipts import KINDS, Row, ask, draw_receipt
 from llava_vr import LlavaVrProcessor
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
     args = parser.parse_args()
     torch.manual_seed(TRAIN_SEED)
-    processor = make_processor()
+    processor = make_processor(receipt_texts())
     model = make_model(args.tower, processor.tokenizer)
     train = Dialogues(processor, TRAIN_SEED, args.steps * BATCH)
     training = TrainingArguments(

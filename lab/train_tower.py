@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer, TrainingArguments
 
+from lab.drawing import CANVAS, generator, pixels
 from lab.muon import MuonAdamW
-from lab.receipts import CANVAS, ITEMS, Receipt, draw_receipt, generator, pixels
+from lab.receipts import ITEMS, Receipt, draw_receipt
 
 
 PATCH = 8

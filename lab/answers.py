@@ -1,0 +1,118 @@
+"""Stages two and three: projector, modules and decoder learn to answer, over the frozen tower.
+
+    python -m lab.answers --scale cpu                                   # the upper bound: every patch is a token
+    python -m lab.answers --scale cpu --arm avg_pool-16-ours --seed 21  # an arm of the table
+
+The arms start from the upper bound's decoder, as real models start from a pretrained one; their projectors and modules
+are new. The same command goes on where it stopped.
+"""
+
+import argparse
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+
+from lab.arms import ARMS, UPPER, Arm, make_model
+from lab.drawing import pixels
+from lab.nano import ASSISTANT, END, IMAGE, USER, make_processor
+from lab.samples import draw_dialogue, draw_sample, sample_texts
+from lab.training import add_options, deadline_of, read_config, train
+from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
+
+
+DATA_SEED = 11  # every arm and seed sees the same pictures in the same order
+
+
+@lru_cache(maxsize=1)
+def all_texts() -> tuple[str, ...]:
+    return tuple(sample_texts())
+
+
+def processor_of(arm: Arm) -> LlavaVrProcessor:
+    return make_processor(all_texts(), arm.downsample)
+
+
+class Dialogues(Dataset):
+    """Dialogues about drawn pictures, of the length of a training run; the loss is taken on the answers."""
+
+    def __init__(self, processor: LlavaVrProcessor, seed: int, length: int):
+        self.tokenizer, self.seed, self.length = processor.tokenizer, seed, length
+        self.image = IMAGE * processor.image_layout.num_tokens(None)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng, domain, picture = draw_sample(self.seed, index)
+        parts = []
+        for turn in draw_dialogue(rng, domain, picture):
+            parts += [f"{USER}{self.image if not parts else ''}{turn.question}{END}{ASSISTANT}", f"{turn.answer}{END}"]
+        pieces = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
+        labels = [token if number % 2 else -100 for number, piece in enumerate(pieces) for token in piece]
+        return {
+            "input_ids": torch.tensor(sum(pieces, [])),
+            "labels": torch.tensor(labels),
+            "pixel_values": torch.from_numpy(pixels(picture.image)),
+        }
+
+    def collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Pads on the right."""
+
+        def pad(name: str, value: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
+
+        input_ids = pad("input_ids", self.tokenizer.pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (input_ids != self.tokenizer.pad_token_id).long(),
+            "labels": pad("labels", -100),
+            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        }
+
+
+def train_arm(
+    arm: Arm, scale: str, seed: int, runs: Path, deadline: float | None
+) -> tuple[LlavaVrForConditionalGeneration, list[dict[str, float]]] | None:
+    """
+    An arm's trained model and its log, trained now or before; None if time was up.
+
+    `runs / scale` holds the tower, and the upper bound whose decoder the other arms start from.
+    """
+    folder, processor = runs / scale / f"{arm.name}-{seed}", processor_of(arm)
+    decoder = None
+    if arm != UPPER:
+        upper = load_file(runs / scale / f"{UPPER.name}-{read_config('upper')['seed']}" / "model.safetensors")
+        prefix = "model.language_model."
+        decoder = {name.removeprefix(prefix): value for name, value in upper.items() if name.startswith(prefix)}
+    model = make_model(arm, runs / scale / "tower", processor.tokenizer, seed, decoder)
+    if (folder / "log.json").is_file():
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        return model, json.loads((folder / "log.json").read_text())
+    settings = read_config("upper" if arm == UPPER else "compressed")[scale]
+    data = Dialogues(processor, DATA_SEED, settings["max_steps"] * settings["per_device_train_batch_size"])
+    log = train(model, data, folder / "checkpoints", settings, seed, deadline, data_collator=data.collate)
+    if log is None:
+        return None
+    trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / "model.safetensors")
+    (folder / "log.json").write_text(json.dumps(log) + "\n")
+    return model, log
+
+
+def main() -> None:
+    """Train the upper bound or one arm."""
+    arms = {arm.name: arm for arm in (UPPER, *ARMS["gpu"])}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=arms, default=UPPER.name, metavar="NAME", help=", ".join(arms))
+    parser.add_argument("--seed", type=int, default=read_config("upper")["seed"])
+    add_options(parser)
+    args = parser.parse_args()
+    train_arm(arms[args.arm], args.scale, args.seed, args.runs, deadline_of(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What all drawn domains share: fonts, colours, a canvas that keeps account of what lies where, and questions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+CANVAS = 96  # the model's image side; pictures are drawn at one to three times that
+FONTS = (
+    "default",
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+)
+HELD_OUT_FONTS = ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "DejaVuSansMono-Oblique", "STIXGeneralBol", "cmtt10")
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 119, 180),
+    "orange": (255, 150, 20),
+    "purple": (128, 60, 190),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+MAX_VALUE = 9
+CLASSES = (
+    ("blank", *"abcdefghijklmnopqrstuvwxyz0123456789")
+    + tuple(f"value {value}" for value in range(1, MAX_VALUE + 1))
+    + tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+)  # what can lie under a spot of a picture
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture.
+
+    Args:
+        image: square, RGB.
+        labels: of the same size, mode "L": which of `CLASSES` lies under each pixel.
+        facts: what the picture shows; its domain's questions are asked about them.
+    """
+
+    image: Image.Image
+    labels: Image.Image
+    facts: Any
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question of a given kind, and its answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def generator(seed: int, index: int) -> np.random.Generator:
+    """The random numbers of one sample."""
+    return np.random.default_rng((seed, index))
+
+
+@lru_cache(maxsize=1024)
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font that Pillow or matplotlib carries in its wheel."""
+    if name == "default":
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
+
+
+def draw_colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Paper and ink: dark on light, or now and then light on dark."""
+    light = tuple(int(value) for value in rng.integers(205, 256, 3))
+    dark = tuple(int(value) for value in rng.integers(0, 100, 3))
+    return (dark, light) if rng.random() < 0.15 else (light, dark)
+
+
+def add_noise(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """Grey noise on half of the pictures."""
+    if rng.random() >= 0.5:
+        return image
+    noise = rng.standard_normal((*image.size, 1), dtype=np.float32) * rng.uniform(2, 10)
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """What the image processor makes of a square picture: (3, 96, 96), values in -1 to 1."""
+    small = image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+    return np.asarray(small, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+class Canvas:
+    """A picture being drawn, and beside it the map of what lies where. Lengths are in 96ths of its side."""
+
+    def __init__(self, rng: np.random.Generator, held_out: bool = False):
+        self.rng, self.scale = rng, rng.uniform(1, 3)
+        self.paper, self.ink = draw_colours(rng)
+        fonts = HELD_OUT_FONTS if held_out else FONTS
+        self.font_name = fonts[rng.integers(len(fonts))]
+        side = round(CANVAS * self.scale)
+        self.image, self.labels = Image.new("RGB", (side, side), self.paper), Image.new("L", (side, side), 0)
+        self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.labels)
+        self.set_font(12)
+
+    def set_font(self, size: float):
+        self.font = load_font(self.font_name, round(size * self.scale))
+
+    def fit_font(self, largest: float, smallest: float, fits: Callable[[], bool]):
+        """Takes the largest font size in these bounds for which `fits()` holds, else the smallest."""
+        for size in np.arange(largest, smallest - 0.01, -0.5):
+            self.set_font(size)
+            if fits():
+                return
+
+    def width(self, text: str) -> float:
+        return self.font.getlength(text) / self.scale
+
+    @property
+    def line_height(self) -> float:
+        return sum(self.font.getmetrics()) / self.scale
+
+    def text(self, x: float, y: float, text: str):
+        """Writes a line whose upper left corner is (x, y)."""
+        self.pen.text((x * self.scale, y * self.scale), text, fill=self.ink, font=self.font)
+        for i, character in enumerate(text):
+            if character in CLASSES:
+                left, right = x + self.width(text[:i]), x + self.width(text[: i + 1])
+                self.box(left, y, right, y + self.line_height, self.label_pen, fill=CLASSES.index(character))
+
+    def box(self, left: float, top: float, right: float, bottom: float, pen=None, shape="rectangle", **options):
+        """Draws Pillow's shape of this name on the picture, or on the map with its pen."""
+        corners = [round(v * self.scale) for v in (left, top, max(left, right - 0.5), max(top, bottom - 0.5))]
+        getattr(pen or self.pen, shape)(corners, **options)
+
+    def line(self, points: Sequence[tuple[float, float]], width: float = 1):
+        scaled = [(x * self.scale, y * self.scale) for x, y in points]
+        self.pen.line(scaled, fill=self.ink, width=max(1, round(width * self.scale)))
+
+    def polygon(self, points: Sequence[tuple[float, float]], fill: tuple[int, ...]):
+        self.pen.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=fill)
+
+    def finish(self, facts: Any, angle: float = 0) -> Picture:
+        """The picture with its map, turned by `angle` degrees, with noise or without."""
+        image, labels = self.image, self.labels
+        if angle:
+            image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=self.paper)
+            labels = labels.rotate(angle, Image.Resampling.NEAREST)
+        return Picture(add_noise(self.rng, image), labels, facts)
+
+
+def phrase(rng: np.random.Generator, templates: tuple[str, ...], **values: object) -> str:
+    """One of the templates, at times without its capital or its final mark."""
+    text = templates[rng.integers(len(templates))].format(**values)
+    if rng.random() < 0.4:
+        text = text[0].lower() + text[1:]
+    return text[:-1] if rng.random() < 0.25 else text

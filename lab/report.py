@@ -1,0 +1,237 @@
+"""Writes lab/RESULTS.md and its plots from the stored results; nothing in it is typed by hand.
+
+python -m lab.report                    # of every scale that has results
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+
+from lab.arms import ABLATION, ARMS, BASELINES, CENTRE, UPPER, Arm
+from lab.table import FASTV_TOKENS, RESULTS, jobs
+from lab.training import SCALES, read_config
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+READING = ("ocr", "table", "chart")  # "mean" below is theirs
+DOMAINS = (*READING, "receipt", "shapes")
+STYLES = ("seen", "held out")
+DRAWS = 2000
+
+
+@dataclass
+class Score:
+    """The results of one arm over its seeds."""
+
+    runs: list[dict]
+
+    def pictures(self, domains: tuple[str, ...], style: str) -> np.ndarray:
+        """Share of right answers by domain and picture, averaged over seeds: `(domains, pictures)`."""
+        hits = [
+            [[[int(hit) for hit in text] for text in run["right"][style][domain].values()] for run in self.runs]
+            for domain in domains
+        ]
+        return np.stack([np.mean(domain, axis=(0, 1)) for domain in hits])
+
+    def by_seed(self, domains: tuple[str, ...], style: str) -> list[float]:
+        return [100 * float(Score([run]).pictures(domains, style).mean()) for run in self.runs]
+
+    def cell(self, domains: tuple[str, ...], style: str) -> str:
+        values = self.by_seed(domains, style)
+        return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def difference(ours: Score, other: Score, domains: tuple[str, ...], style: str) -> tuple[float, float, float]:
+    """Ours minus other in points, and the 95% bootstrap interval over the test's pictures, which both answered."""
+    per_picture = 100 * (ours.pictures(domains, style) - other.pictures(domains, style))  # (domains, pictures)
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(per_picture.shape[1], size=(DRAWS, *per_picture.shape))
+    means = np.take_along_axis(np.broadcast_to(per_picture, drawn.shape), drawn, axis=2).mean((1, 2))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(per_picture.mean()), float(low), float(high)
+
+
+def show(values: tuple[float, float, float]) -> str:
+    return f"{values[0]:+.1f} [{values[1]:+.1f}, {values[2]:+.1f}]"
+
+
+def load(scale: str) -> dict[str, Score]:
+    """The results of a scale, by the name of the arm."""
+    runs = defaultdict(list)
+    for path in sorted((RESULTS / scale).glob("*-*.json")):
+        result = json.loads(path.read_text())
+        runs[result["arm"]].append(result)
+    return {name: Score(found) for name, found in runs.items()}
+
+
+def score_table(scores: dict[str, Score], names: list[str], style: str) -> list[str]:
+    lines = [
+        "| model | tokens | parameters | operations | "
+        + " | ".join(DOMAINS)
+        + " | mean of ocr, table, chart | seeds |",
+        "|---|---|---|---|" + "---|" * (len(DOMAINS) + 2),
+    ]
+    for name in names:
+        if name not in scores:
+            continue
+        score, first = scores[name], scores[name].runs[0]
+        cells = [score.cell((domain,), style) for domain in DOMAINS] + [score.cell(READING, style)]
+        costs = f"{first['tokens']} | {first['parameters'] / 1e6:.3f} M | {first['operations'] / 1e6:.1f} M"
+        lines.append(f"| {name} | {costs} | " + " | ".join(cells) + f" | {len(score.runs)} |")
+    return lines
+
+
+def gain_table(scores: dict[str, Score], style: str) -> list[str]:
+    """Ours against none on each projector, and how much of the gap to the upper bound is closed."""
+    lines = [
+        "| projector and ratio | gain on ocr, table, chart | gain on shapes | of the gap closed |",
+        "|---|---|---|---|",
+    ]
+    for arm in ARMS["gpu"]:
+        none, name = Arm(arm.projector, arm.downsample).name, arm.name
+        if arm.module != "ours" or name not in scores or none not in scores or arm in ABLATION:
+            continue
+        gain = difference(scores[name], scores[none], READING, style)
+        control = difference(scores[name], scores[none], ("shapes",), style)
+        gap = difference(scores[UPPER.name], scores[none], READING, style)[0]
+        closed = f"{100 * gain[0] / gap:.0f}%" if gap > 0 else "no gap"
+        lines.append(f"| {arm.projector}, {arm.downsample**2} to 1 | {show(gain)} | {show(control)} | {closed} |")
+    return lines
+
+
+def against_table(scores: dict[str, Score], arms: list[Arm], style: str) -> list[str]:
+    lines = ["| instead of ours | ours is ahead by |", "|---|---|"]
+    for arm in arms:
+        if arm.name in scores and CENTRE.name in scores:
+            lines.append(f"| {arm.name} | {show(difference(scores[CENTRE.name], scores[arm.name], READING, style))} |")
+    return lines if len(lines) > 2 else []
+
+
+def new_axes(x: str, y: str):
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_tokens(scores: dict[str, Score], folder: Path):
+    """Accuracy against tokens per image, with the module and without."""
+    figure, axes = new_axes("vision tokens an image", "exact match, mean of ocr, table, chart (%)")
+    for module, style in (("none", "o--"), ("ours", "s-")):
+        for colour, projector in enumerate(dict.fromkeys(arm.projector for arm in ARMS["gpu"])):
+            arms = [Arm(projector, s, module) for s in (4, 2) if Arm(projector, s, module).name in scores]
+            points = [
+                (scores[a.name].runs[0]["tokens"], mean(scores[a.name].by_seed(READING, "held out"))) for a in arms
+            ]
+            if points:
+                axes.plot(*zip(*points), style, color=f"C{colour}", label=f"{projector}, {module}")
+    if UPPER.name in scores:
+        upper = mean(scores[UPPER.name].by_seed(READING, "held out"))
+        axes.plot(scores[UPPER.name].runs[0]["tokens"], upper, "k*", label="upper bound")
+    axes.set_xscale("log")
+    axes.legend(fontsize=7)
+    figure.savefig(folder / "tokens.png", dpi=120)
+
+
+def plot_attention(scores: dict[str, Score], folder: Path):
+    """Attention of the question's last token on vision tokens, by layer: the paper's figure of forgetting."""
+    figure, axes = new_axes("decoder layer", "attention on vision tokens (share)")
+    for name in (UPPER.name, *(arm.name for arm in ARMS["cpu"])):
+        if name in scores:
+            axes.plot(np.mean([run["attention"] for run in scores[name].runs], axis=0), "o-", label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(0)
+    axes.legend(fontsize=7)
+    figure.savefig(folder / "attention.png", dpi=120)
+
+
+def plot_losses(scores: dict[str, Score], folder: Path):
+    figure, axes = new_axes("step", "training loss")
+    for name in (UPPER.name, *(arm.name for arm in ARMS["cpu"])):
+        if name in scores:
+            axes.plot(*zip(*scores[name].runs[0]["losses"]), label=name)
+    axes.set_yscale("log")
+    axes.legend(fontsize=7)
+    figure.savefig(folder / "losses.png", dpi=120)
+
+
+def section(scale: str) -> list[str]:
+    """All about one scale."""
+    scores = load(scale)
+    folder = RESULTS / scale
+    for plot in (plot_tokens, plot_attention, plot_losses):
+        plot(scores, folder)
+    tower = json.loads((folder / "tower.json").read_text())
+    first = scores[UPPER.name].runs[0]
+    lines = [f"## Scale {scale}", ""]
+    lines += [f"`python -m lab.table --scale {scale}`, then `python -m lab.report`. "]
+    machine = ", ".join(f"{key} {first[key]}" for key in ("device", "python", "torch", "transformers"))
+    runs = [run for score in scores.values() for run in score.runs if "train_seconds" in run]
+    minutes = sum(run["seconds"] for run in runs) / 60
+    steps = {stage: read_config(stage)[scale]["max_steps"] for stage in ("tower", "upper", "compressed")}
+    lines[-1] += (
+        f"Machine: {machine}. Cost: {minutes:.0f} minutes for {len(runs)} models, after the tower; steps: "
+        + ", ".join(f"{stage} {count}" for stage, count in steps.items())
+        + "."
+    )
+    named = ", ".join(f"{name} {100 * share:.1f}%" for name, share in tower["named"].items())
+    lines += ["", f"The frozen tower names of the spots of fresh pictures, where there is something: {named}."]
+    pairs = [UPPER.name, *(arm.name for arm in ARMS["gpu"] if arm.module in ("none", "ours") and arm not in ABLATION)]
+    pairs += [f"fastv-{tokens}" for tokens in FASTV_TOKENS]
+    for style in STYLES:
+        lines += ["", f"### Fonts and layouts {'of training' if style == 'seen' else 'held out of training'}", ""]
+        lines += score_table(scores, pairs, style)
+        lines += ["", "Gain of the module, with 95% bootstrap intervals over pictures:", "", *gain_table(scores, style)]
+        for title, arms in (("Other ways", BASELINES), ("Ablation", ABLATION)):
+            names = [CENTRE.name, *(arm.name for arm in arms)]
+            if table := against_table(scores, arms, style):
+                lines += ["", f"{title}, at the same places:", "", *score_table(scores, names, style), "", *table]
+    for name, caption in (
+        ("tokens", "Accuracy against tokens an image, held-out fonts and layouts."),
+        ("attention", "Attention of the question's last token on vision tokens, by decoder layer."),
+        ("losses", "Training loss."),
+    ):
+        lines += ["", f"![{caption}](results/{scale}/{name}.png)", "", caption]
+    missing = [
+        f"{arm.name} (seed {seed})"
+        for arm, seed in jobs(scale)
+        if not any(run["seed"] == seed for run in scores.get(arm.name, Score([])).runs)
+    ]
+    if missing:
+        lines += ["", f"Missing: {', '.join(missing)}."]
+    return lines
+
+
+def main() -> None:
+    """Write lab/RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS.parent / "RESULTS.md")
+    args = parser.parse_args()
+    lines = ["# Results of the lab", "", "Written by `python -m lab.report` from the files in `results/`."]
+    lines += [
+        "Exact match in percent, mean over seeds and their standard deviation. Parameters and operations are those"
+    ]
+    lines += ["of projector and modules, for one image."]
+    for scale in SCALES:
+        if (RESULTS / scale).is_dir():
+            lines += ["", *section(scale)]
+        else:
+            lines += ["", f"## Scale {scale}", "", f"Not run. `python -m lab.table --scale {scale}` runs it."]
+    notes = RESULTS.parent / "NOTES.md"
+    if notes.is_file():
+        lines += ["", notes.read_text().strip()]
+    args.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

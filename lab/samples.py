@@ -1,0 +1,83 @@
+"""All domains together: pictures by seed and index, dialogues about them, and a contact sheet.
+
+python -m lab.samples --sheet sheet.png                 # five samples of every domain, with questions and answers
+python -m lab.samples --sheet held_out.png --held-out   # in the fonts and layouts that only the test has
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import fill
+from types import ModuleType
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lab import charts, ocr, receipts, shapes, tables
+from lab.drawing import CANVAS, Picture, Turn, generator, load_font
+
+
+DOMAINS: dict[str, ModuleType] = {
+    "ocr": ocr,
+    "table": tables,
+    "chart": charts,
+    "receipt": receipts,
+    "shapes": shapes,
+}
+SHARES = (0.25, 0.25, 0.25, 0.15, 0.1)  # of training
+
+
+def draw_sample(seed: int, index: int) -> tuple[np.random.Generator, ModuleType, Picture]:
+    """A picture of any domain, and what its questions are drawn with."""
+    rng = generator(seed, index)
+    domain = list(DOMAINS.values())[rng.choice(len(DOMAINS), p=SHARES)]
+    return rng, domain, domain.draw(rng)
+
+
+def draw_dialogue(rng: np.random.Generator, domain: ModuleType, picture: Picture, turns: int = 5) -> list[Turn]:
+    """Several turns about one picture. A look-up after the transcription could copy from it, so most stand before."""
+    kinds = [kind for kind in domain.KINDS if kind != "transcribe"]
+    asked = [domain.ask(rng, picture.facts, kinds[i]) for i in rng.integers(len(kinds), size=turns)]
+    if "transcribe" in domain.KINDS:
+        place = 0 if rng.random() < 0.4 else int(rng.integers(1, turns + 1))
+        asked.insert(place, domain.ask(rng, picture.facts, "transcribe"))
+    return list(dict.fromkeys(asked))  # no question twice
+
+
+def sample_texts(seed: int = 0, count: int = 6000) -> Iterator[str]:
+    """Questions and answers of all domains, for a tokenizer to learn from."""
+    for index in range(count):
+        rng, domain, picture = draw_sample(seed, index)
+        for turn in draw_dialogue(rng, domain, picture):
+            yield from (turn.question, turn.answer)
+
+
+def draw_sheet(seed: int, held_out: bool) -> Image.Image:
+    """A row of samples for each domain, as the model sees them, with one question of every kind."""
+    font, width, height, columns = load_font("default", 13), 300, 400, 5
+    sheet = Image.new("RGB", (columns * width, len(DOMAINS) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, domain in enumerate(DOMAINS.values()):
+        for column in range(columns):
+            rng, x, y = generator(seed, row * columns + column), column * width, row * height
+            picture = domain.draw(rng, held_out)
+            seen = picture.image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+            sheet.paste(seen.resize((2 * CANVAS, 2 * CANVAS)), (x, y))
+            turns = [domain.ask(rng, picture.facts, kind) for kind in domain.KINDS]
+            lines = [fill(f"{turn.question} {turn.answer.replace(chr(10), ' / ')}", 42) for turn in turns]
+            pen.multiline_text((x + 4, y + 2 * CANVAS + 6), "\n".join(lines), fill="black", font=font)
+    return sheet
+
+
+def main() -> None:
+    """Write a contact sheet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sheet", type=Path, required=True, help="where to write the PNG")
+    parser.add_argument("--seed", type=int, default=7, help="stream of samples (default 7)")
+    parser.add_argument("--held-out", action="store_true", help="fonts and layouts of the test")
+    args = parser.parse_args()
+    draw_sheet(args.seed, args.held_out).save(args.sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The coarse control: one to four large shapes, their colours and their number."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lab.drawing import CANVAS, CLASSES, COLOURS, SHAPES, Canvas, Picture, Turn, phrase
+
+
+COUNT = ("How many shapes are there?", "How many shapes do you see?", "Count the shapes.")
+COLOUR = ("What colour is the {shape}?", "Which colour has the {shape}?")
+KINDS = ("count", "colour")
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    colour: str
+
+
+def draw_shape(canvas: Canvas, shape: Shape, x: float, y: float, radius: float, is_turned: bool):
+    """A shape around (x, y), and its label under the whole of it."""
+    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
+    fill = COLOURS[shape.colour]
+    canvas.box(left, top, right, bottom, canvas.label_pen, fill=CLASSES.index(f"{shape.colour} {shape.name}"))
+    if shape.name == "circle":
+        canvas.box(left, top, right, bottom, shape="ellipse", fill=fill)
+    elif shape.name == "square" and is_turned:
+        canvas.polygon([(x, top), (right, y), (x, bottom), (left, y)], fill)
+    elif shape.name == "square":
+        canvas.box(left, top, right, bottom, fill=fill)
+    elif shape.name == "triangle":
+        tip, base = (bottom, top) if is_turned else (top, bottom)
+        canvas.polygon([(x, tip), (right, base), (left, base)], fill)
+    else:
+        third = radius / 3
+        canvas.box(left, y - third, right, y + third, fill=fill)
+        canvas.box(x - third, top, x + third, bottom, fill=fill)
+
+
+def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
+    """Different shapes, each in a quarter of the picture; squares and triangles are turned if held out."""
+    canvas = Canvas(rng, held_out)
+    names = rng.permutation(SHAPES)[: rng.integers(1, len(SHAPES) + 1)]
+    shapes = [Shape(str(name), list(COLOURS)[rng.integers(len(COLOURS))]) for name in names]
+    canvas.box(0, 0, CANVAS, CANVAS, fill=tuple(max(colour, 205) for colour in canvas.paper))  # no colour is as light
+    half = CANVAS / 2
+    for shape, quarter in zip(shapes, rng.permutation(4)):
+        radius = rng.uniform(11, 20)
+        x, y = (half * offset + rng.uniform(radius + 1, half - radius - 1) for offset in divmod(int(quarter), 2))
+        draw_shape(canvas, shape, x, y, radius, held_out)
+    return canvas.finish(shapes)
+
+
+def ask(rng: np.random.Generator, shapes: list[Shape], kind: str) -> Turn:
+    """A question of one kind about the shapes, with its answer."""
+    if kind == "count":
+        return Turn(kind, phrase(rng, COUNT), str(len(shapes)))
+    shape = shapes[rng.integers(len(shapes))]
+    return Turn(kind, phrase(rng, COLOUR, shape=shape.name), shape.colour)

@@ -1,0 +1,118 @@
+"""Trains and measures every model of the table, one after the other; each result is a file in lab/results.
+
+    python -m lab.table --scale cpu                  # two projectors at 16 to 1, one seed: hours on two cores
+    python -m lab.table --scale gpu --minutes 9      # a piece of the whole table; the same command goes on
+    python -m lab.table --scale gpu --list           # what there is to do
+
+What is done is skipped. `python -m lab.report` writes lab/RESULTS.md from the files.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from lab.answers import processor_of, train_arm
+from lab.arms import ARMS, UPPER, Arm
+from lab.baselines import FastV
+from lab.costs import added_cost
+from lab.evaluate import answer, attention_on_vision, draw_cases, measure
+from lab.tower import train_tower
+from lab.training import add_options, deadline_of, describe_machine, read_config
+
+
+RESULTS = Path(__file__).parent / "results"
+TEST_SEED, PICTURES = 99, {"cpu": 100, "gpu": 300}  # of each domain, in seen and in held-out style
+FASTV_TOKENS = (9, 36)
+
+
+def fastv_answer(keep: int):
+    """As `evaluate.answer`, with all but `keep` vision tokens of each image dropped after the second decoder layer."""
+
+    def pruned(model, processor, inputs):
+        is_vision = inputs["input_ids"] == model.config.image_token_id
+        with FastV(model.model.language_model.layers, is_vision, keep):
+            return answer(model, processor, inputs)
+
+    return pruned
+
+
+def jobs(scale: str) -> list[tuple[Arm, int]]:
+    """The models to train, the upper bound first."""
+    seeds = read_config("compressed")["seeds"][scale]
+    return [(UPPER, read_config("upper")["seed"])] + [(arm, seed) for seed in seeds for arm in ARMS[scale]]
+
+
+def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
+    """Both styles of test pictures: those of training, and those held out."""
+    results = {}
+    for style in ("seen", "held out"):
+        cases = list(draw_cases(TEST_SEED, PICTURES[scale], style == "held out"))
+        results[style], _ = measure(model, processor, cases, **options)
+    return results
+
+
+def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -> bool:
+    """Trains and measures one model, unless its result is there; False if time was up."""
+    folder = RESULTS / args.scale
+    path = folder / f"{arm.name}-{seed}.json"
+    if path.is_file():
+        return True
+    start = time.monotonic()
+    trained = train_arm(arm, args.scale, seed, args.runs, deadline)
+    if trained is None or (deadline is not None and time.monotonic() > deadline):
+        return False
+    (model, log), processor = trained, processor_of(arm)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    common = {"projector": arm.projector, "seed": seed, **added_cost(model)}
+    looked_at = list(draw_cases(TEST_SEED, 20, True, ("ocr", "table", "chart")))
+    result = {
+        "arm": arm.name,
+        "module": arm.module,
+        **common,
+        "right": measure_all(model, processor, args.scale),
+        "attention": attention_on_vision(model, processor, looked_at),
+        "losses": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
+        "train_seconds": next((round(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),
+        "seconds": round(time.monotonic() - start),
+        **describe_machine(),
+    }
+    if arm == UPPER:
+        for keep in FASTV_TOKENS:
+            right = measure_all(model, processor, args.scale, answer=fastv_answer(keep))
+            pruned = {"arm": f"fastv-{keep}", "module": "fastv", **common, "tokens": keep, "right": right}
+            (folder / f"fastv-{keep}-{seed}.json").write_text(json.dumps({**pruned, **describe_machine()}) + "\n")
+    path.write_text(json.dumps(result) + "\n")
+    return True
+
+
+def main() -> None:
+    """Go on with the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--list", action="store_true", help="only say what is done and what is missing")
+    args = parser.parse_args()
+    if args.list:
+        for arm, seed in jobs(args.scale):
+            print(
+                "done   " if (RESULTS / args.scale / f"{arm.name}-{seed}.json").is_file() else "missing", arm.name, seed
+            )
+        return
+    deadline = deadline_of(args)
+    tower = args.runs / args.scale / "tower"
+    if not train_tower(args.scale, tower, deadline):
+        return
+    (RESULTS / args.scale).mkdir(parents=True, exist_ok=True)
+    shutil.copy(tower / "log.json", RESULTS / args.scale / "tower.json")
+    for arm, seed in jobs(args.scale):
+        print(f"{arm.name}, seed {seed}", flush=True)
+        if not run(arm, seed, args, deadline):
+            print("time is up: the same command goes on")
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The lab: what is drawn is what is asked, the baselines are what they say, training resumes, differences are right."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
+from lab.arms import ABLATION, BASELINES, CENTRE, UPPER, Arm, make_model  # noqa: E402
+from lab.baselines import MODULES, FastV  # noqa: E402
+from lab.costs import added_cost  # noqa: E402
+from lab.drawing import CANVAS, CLASSES, FONTS, HELD_OUT_FONTS, generator  # noqa: E402
+from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
+from lab.nano import make_processor  # noqa: E402
+from lab.report import Score, difference  # noqa: E402
+from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
+from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
+from lab.training import train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def processors():
+    texts = ["What is the value of a?", "there is no tea"] * 50
+    return {s: make_processor(texts, s) for s in (1, 4)}
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        image_size=CANVAS,
+        patch_size=8,
+    )
+    folder = tmp_path_factory.mktemp("tower")
+    CLIPVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("domain", DOMAINS.values(), ids=DOMAINS)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_picture_follows_from_seed_and_index(domain, held_out):
+    first, again, other = (domain.draw(generator(3, index), held_out) for index in (5, 5, 6))
+    assert first.facts == again.facts and first.image.tobytes() == again.image.tobytes()
+    assert first.image.tobytes() != other.image.tobytes()
+
+
+def test_held_out_fonts_are_never_drawn_in_training():
+    assert not set(FONTS) & set(HELD_OUT_FONTS)
+
+
+def shown(domain, facts) -> set[str]:
+    """The classes that must lie somewhere on a picture of these facts."""
+    if domain is shapes:
+        return {f"{shape.colour} {shape.name}" for shape in facts}
+    if domain is charts:
+        return {*facts.names, "0", "9"} | {f"value {value}" for value in facts.values}
+    if domain is tables:
+        return set("".join((*facts.rows, *facts.columns, *(str(n) for line in facts.numbers for n in line))))
+    if domain is receipts:
+        return set("".join(f"{row.item}{row.price}" for row in facts))
+    return set("".join(facts))
+
+
+@pytest.mark.parametrize("domain", DOMAINS.values(), ids=DOMAINS)
+def test_labels_name_what_the_facts_say(domain):
+    for index in range(30):
+        picture = domain.draw(generator(4, index), held_out=index % 2 == 1)
+        labelled = {CLASSES[i] for i in np.unique(np.asarray(picture.labels))} - {"blank"}
+        assert labelled == shown(domain, picture.facts)
+        assert picture.labels.size == picture.image.size
+        assert {CLASSES[i] for i in np.unique(patch_labels(picture, 12))} <= labelled | {"blank"}
+
+
+def test_labels_lie_where_the_ink_is():
+    picture = shapes.draw(generator(0, 1))
+    labels, pixels = np.asarray(picture.labels), np.asarray(picture.image).astype(int)
+    for shape in picture.facts:
+        y, x = np.argwhere(labels == CLASSES.index(f"{shape.colour} {shape.name}")).mean(0).round().astype(int)
+        assert np.abs(pixels[y, x] - np.array(shapes.COLOURS[shape.colour])).max() < 60  # noise included
+
+
+def test_answers_about_charts_and_tables_agree_with_their_transcriptions():
+    for index in range(60):
+        rng = generator(8, index)
+        chart = charts.draw(rng).facts
+        values = dict(line.split() for line in charts.ask(rng, chart, "transcribe").answer.splitlines())
+        values = {name: int(value) for name, value in values.items()}
+        assert charts.ask(rng, chart, "highest").answer == max(values, key=values.get)
+        turn = charts.ask(rng, chart, "above")
+        limit = int("".join(filter(str.isdigit, turn.question)))
+        assert int(turn.answer) == sum(value > limit for value in values.values())
+        turn = charts.ask(rng, chart, "compare")
+        pair = [word.strip(",?") for word in turn.question.split() if word.strip(",?") in values]
+        assert turn.answer == max(pair, key=values.get)
+
+        table = tables.draw(rng).facts
+        head, *lines = [line.split() for line in tables.ask(rng, table, "transcribe").answer.splitlines()]
+        cells = {(name, column): number for name, *numbers in lines for column, number in zip(head, numbers)}
+        turn = tables.ask(rng, table, "cell")
+        words = [word.strip(",?") for word in turn.question.split()]
+        assert turn.answer in {n for (row, column), n in cells.items() if row in words and column in words}
+        turn = tables.ask(rng, table, "largest")
+        columns = {word.strip("?") for word in turn.question.split()} & set(head)
+        largest = {max((int(n), row) for (row, c), n in cells.items() if c == column)[1] for column in columns}
+        assert turn.answer in largest
+
+        lines = ocr.draw(rng).facts
+        turn = ocr.ask(rng, lines, "line")
+        assert turn.answer == lines[int("".join(filter(str.isdigit, turn.question))) - 1]
+
+
+def test_dialogue_transcribes_once_and_never_repeats_a_question():
+    for index in range(50):
+        rng, domain, picture = draw_sample(1, index)
+        turns = draw_dialogue(rng, domain, picture)
+        assert len(set(turns)) == len(turns)
+        assert [turn.kind for turn in turns].count("transcribe") == ("transcribe" in domain.KINDS)
+
+
+@pytest.mark.parametrize("arm", [*BASELINES, ABLATION[-2]], ids=lambda arm: arm.name)
+def test_baselines_cost_what_ours_costs(arm, tower, processors):
+    ours, theirs = (added_cost(make_model(a, tower, processors[4].tokenizer, 0)) for a in (CENTRE, arm))
+    for figure in ("parameters", "operations"):
+        assert 0.9 <= theirs[figure] / ours[figure] <= 1.1
+    assert theirs["tokens"] == ours["tokens"] == 9
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_adds_nothing_until_it_is_trained_and_can_be_trained(name, tower, processors):
+    model = make_model(Arm("avg_pool", 4, name), tower, processors[4].tokenizer, 0)
+    module = model.model.vision_remember["0"]
+    inputs = torch.randn(18, 192), torch.randn(18, 16, 384), torch.ones(18, dtype=torch.bool)
+    update, _ = module(*inputs)
+    assert update.eq(0).all()
+    (update - torch.randn_like(update)).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["deepstack", "sva", "global", "mean", "no bias", "ours"])
+def test_what_a_token_of_each_module_sees(name, tower, processors):
+    model = make_model(Arm("avg_pool", 4, name), tower, processors[4].tokenizer, 0)
+    module = model.model.vision_remember["0"]
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    hidden_states, memory = torch.randn(18, 192), torch.randn(18, 16, 384)  # two images
+    valid = torch.arange(18) != 17
+    before, _ = module(hidden_states, memory, valid)
+    memory[4, 7] = torch.randn(384)
+    after, _ = module(hidden_states, memory, valid)
+    changed = (before - after).abs().amax(-1) > 1e-6
+    seeing = range(9) if name == "global" else [4]
+    assert changed.nonzero().flatten().tolist() == list(seeing)
+    assert after[17].eq(0).all()
+
+
+@pytest.fixture(scope="module")
+def upper(tower, processors):
+    return make_model(UPPER, tower, processors[1].tokenizer, 0).eval()
+
+
+@pytest.fixture(scope="module")
+def chats(upper, processors):
+    return encode(upper, processors[1], list(draw_cases(1, 1, False, ("ocr", "chart"))))
+
+
+def test_fastv_that_keeps_all_changes_nothing(upper, processors, chats):
+    is_vision = chats["input_ids"] == upper.config.image_token_id
+    plain = upper.generate(**chats, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    with FastV(upper.model.language_model.layers, is_vision, keep=144):
+        assert torch.equal(upper.generate(**chats, max_new_tokens=5, min_new_tokens=5, do_sample=False), plain)
+    assert answer(upper, processors[1], chats)  # its hooks are gone
+
+
+@torch.inference_mode()
+def test_fastv_hides_all_but_the_kept_tokens_from_later_layers(upper, chats):
+    is_vision, layers = chats["input_ids"] == upper.config.image_token_id, upper.model.language_model.layers
+
+    def last_logits(pruned: FastV | None, disturb: bool) -> torch.Tensor:
+        def noise(layer, args, output):
+            return output + disturb * 3 * dropped[..., None]
+
+        hook = layers[1].register_forward_hook(noise)
+        logits = upper(**chats, use_cache=False).logits[:, -1]
+        hook.remove()
+        return logits
+
+    dropped = torch.zeros_like(is_vision)
+    with FastV(layers, is_vision, keep=9) as pruned:
+        last_logits(pruned, False)
+        dropped = pruned.dropped
+        assert dropped.sum(1).tolist() == [144 - 9] * len(dropped)
+        torch.testing.assert_close(last_logits(pruned, True), last_logits(pruned, False), rtol=0, atol=1e-5)
+    assert (last_logits(None, True) - last_logits(None, False)).abs().max() > 1e-3
+
+
+def test_attention_on_vision_is_a_share(upper, processors):
+    shares = attention_on_vision(upper, processors[1], list(draw_cases(1, 1, False, ("table",))))
+    assert len(shares) == 5 and all(0 < share < 1 for share in shares)
+
+
+def test_interrupted_training_ends_where_the_uninterrupted_does(tower, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return ReadingTower(CLIPVisionModel.from_pretrained(tower, attn_implementation="eager"), [4, 6])
+
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    data, whole, first, second = LabelledPictures(1, 6, 12), fresh(), fresh(), fresh()
+    assert train(whole, data, tmp_path / "whole", settings, 0) is not None
+    assert train(first, data, tmp_path / "parts", settings, 0, deadline=time.monotonic()) is None
+    assert train(second, data, tmp_path / "parts", settings, 0) is not None
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], weight, rtol=0, atol=1e-6)
+        assert "heads" not in name or not torch.equal(first.state_dict()[name], weight)
+
+
+def test_exact_match_and_difference_count_by_hand():
+    right = {"ocr": {"transcribe": "1100", "line": "1111"}}
+    assert exact_match(right) == {"ocr": {"transcribe": 0.5, "line": 1.0, "all": 0.75}}
+
+    def score(*texts: str) -> Score:
+        return Score([{"right": {"seen": {"ocr": {"line": text}}}} for text in texts])
+
+    assert difference(score("1111"), score("0000"), ("ocr",), "seen") == (100, 100, 100)
+    assert difference(score("1010", "1010"), score("1010"), ("ocr",), "seen") == (0, 0, 0)
+    gain, low, high = difference(score("1" * 60 + "0" * 40), score("1" * 40 + "0" * 60), ("ocr",), "seen")
+    assert gain == pytest.approx(20)
+    assert low == pytest.approx(20 - 1.96 * 4, abs=1.5) and high == pytest.approx(20 + 1.96 * 4, abs=1.5)
