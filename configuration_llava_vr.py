@@ -30,8 +30,27 @@ PROJECTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "resampler": {"depth": 2, "num_heads": None},
 }
 LOWEST_OPTIONS = {"hidden_size": 1, "depth": 0, "mlp_depth": 1, "end_tokens": 0, "num_heads": 1}
-MERGE_TYPES = ("spatial_unpad", "spatial", "flat")
+MERGE_TYPES = ("spatial_unpad", "spatial", "flat", "slices")
 SELECT_STRATEGIES = ("default", "full")
+
+
+def tokens_per_side(grid_size: int, downsample: int | float) -> int:
+    """Vision tokens per side of a tile with `grid_size` patches a side; rounding keeps 7 / (7 / 3) at 3."""
+    return math.ceil(round(grid_size / downsample, 4))
+
+
+def region_bounds(index: Any, grid_size: int, downsample: int | float) -> tuple[Any, Any]:
+    """The first patch of a token's region along a side of the grid, and the one after its last.
+
+    Where `downsample` is a fraction, regions overlap and are those of `nn.AdaptiveAvgPool2d`. Where it is whole and
+    does not divide the grid, the last one reaches beyond it.
+
+    Args:
+        index: of the token along the side, an `int` or a tensor of them.
+    """
+    tokens = tokens_per_side(grid_size, downsample)
+    covered = round(tokens * downsample)  # patches, with the padding
+    return index * covered // tokens, ((index + 1) * covered + tokens - 1) // tokens
 
 
 @dataclass(frozen=True)
@@ -39,13 +58,14 @@ class ImageLayout:
     """How the vision tokens of an image are arranged, and so how many there are.
 
     The model packs by it and the processor writes placeholders by it. Tokens of the base tile come first; those of the
-    other tiles follow, merged into one grid, row by row.
+    other tiles follow, merged into one grid, row by row. With "slices" no grid is made: the tiles follow each other
+    whole, the base tile last, a separator after each.
 
     Args:
         tile_size: pixels per side of a tile, the vision tower's input.
         tokens_per_side: vision tokens per side of a tile, after the projector.
         pinpoints: the tilings to choose from, as (height, width) in pixels; empty for one tile an image.
-        merge_type: "spatial_unpad" (padding removed, a newline token after each row), "spatial" or "flat".
+        merge_type: "spatial_unpad" (padding removed, a newline token after each row), "spatial", "flat" or "slices".
         max_tiles: past this many tiles' worth of tokens the grid is resampled (LLaVA-OneVision); None for never.
         end_tokens: tokens without a region that the projector adds to each tile.
     """
@@ -63,7 +83,7 @@ class ImageLayout:
         image_aspect_ratio: str,
         tile_size: int,
         patch_size: int,
-        downsample: int,
+        downsample: int | float,
         pinpoints: Sequence[Sequence[int]] | None,
         merge_type: str,
         end_tokens: int,
@@ -72,7 +92,7 @@ class ImageLayout:
         anyres = image_aspect_ratio.startswith("anyres")
         return cls(
             tile_size=tile_size,
-            tokens_per_side=math.ceil(tile_size // patch_size / downsample),
+            tokens_per_side=tokens_per_side(tile_size // patch_size, downsample),
             pinpoints=[list(pair) for pair in pinpoints] if anyres else [],
             merge_type=merge_type,
             max_tiles=int(image_aspect_ratio.removeprefix("anyres_max_")) if "_max_" in image_aspect_ratio else None,
@@ -110,8 +130,19 @@ class ImageLayout:
                 return max(1, int(rows // ratio)), max(1, int(columns // ratio))
         return rows, columns
 
+    def separators(self, image_size: Sequence[int]) -> list[int]:
+        """What follows each slice: 0 between two of a row, 1 after a row and after the base tile.
+
+        An image of one slice has no base tile.
+        """
+        rows, columns = self.tiling(image_size)
+        found = ([0] * (columns - 1) + [1]) * rows
+        return found if len(found) == 1 else [*found, 1]
+
     def num_tokens(self, image_size: Sequence[int]) -> int:
-        """Vision tokens of an image of (height, width) pixels, newline and end tokens included."""
+        """Vision tokens of an image of (height, width) pixels, newlines, separators and end tokens included."""
+        if self.pinpoints and self.merge_type == "slices":
+            return len(self.separators(image_size)) * (self.tokens_per_tile + 1)
         if not self.pinpoints or self.merge_type != "spatial_unpad":
             return self.num_tiles(image_size) * self.tokens_per_tile
         rows, columns = self.resample(*(part.stop - part.start for part in self.unpad(image_size)))
@@ -134,8 +165,9 @@ class LlavaVrConfig(PreTrainedConfig):
             Id of the placeholder that a vision token replaces. `image_token_index` is an alias.
         projector_type (`str`, defaults to `"avg_pool"`):
             One of mlp, avg_pool, pixel_shuffle, ldpv2, c_abstractor, tokenpacker, resampler.
-        projector_downsample (`int`, defaults to 2):
-            s: each region of s x s patches becomes one vision token. 1 goes with mlp, and only with it.
+        projector_downsample (`int` or `float`, defaults to 2):
+            s: each region of s x s patches becomes one vision token. 1 goes with mlp, and only with it. c_abstractor
+            takes fractions that divide the grid, too, such as 1.5: regions then overlap, as `nn.AdaptiveAvgPool2d`'s.
         projector_hidden_act (`str`, defaults to `"gelu"`)
         projector_kwargs (`dict`, *optional*):
             The projector's own options; see `PROJECTOR_OPTIONS`.
@@ -150,11 +182,13 @@ class LlavaVrConfig(PreTrainedConfig):
         remember_hidden_size (`int`, defaults to 1024), remember_num_heads (`int`, defaults to 16):
             Width and heads of the module's attention.
         remember_window (`int`, *optional*):
-            Features per side that a vision token sees; null for `projector_downsample`. Larger windows overlap.
+            Features per side that a vision token sees; null for those of its region. Larger windows overlap.
         image_aspect_ratio (`str`, defaults to `"anyres"`):
             "anyres", "anyres_max_N" (at most N tiles' worth of tokens), "pad" or "square" (one tile).
         image_merge_type (`str`, defaults to `"spatial_unpad"`):
-            How tiles join: "spatial_unpad", "spatial" or "flat".
+            How tiles join: "spatial_unpad", "spatial", "flat" or "slices" (see `ImageLayout`).
+        image_separator_ids (`list[int]`, *optional*):
+            With "slices", and only then: the tokens whose embeddings stand between tiles of a row and after a row.
         image_grid_pinpoints (`list[list[int]]`, *optional*):
             Tilings as (height, width) in pixels; defaults to LLaVA-NeXT's. Unused with one tile.
         tie_word_embeddings (`bool`, *optional*):
@@ -169,7 +203,7 @@ class LlavaVrConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151646
     projector_type: str = "avg_pool"
-    projector_downsample: int = 2
+    projector_downsample: int | float = 2
     projector_hidden_act: str = "gelu"
     projector_kwargs: dict | None = None
     vision_feature_layer: int = -2
@@ -181,6 +215,7 @@ class LlavaVrConfig(PreTrainedConfig):
     remember_window: int | None = None
     image_aspect_ratio: str = "anyres"
     image_merge_type: str = "spatial_unpad"
+    image_separator_ids: list[int] | None = None
     image_grid_pinpoints: list | None = None
     tie_word_embeddings: bool | None = None
 
@@ -247,7 +282,14 @@ class LlavaVrConfig(PreTrainedConfig):
     @property
     def window_size(self) -> int:
         """Features per side of a vision token's window of the memory."""
-        return self.projector_downsample if self.remember_window is None else self.remember_window
+        return self.region_size if self.remember_window is None else self.remember_window
+
+    @property
+    def region_size(self) -> int:
+        """Patches per side of a vision token's region, of the largest if they differ."""
+        grid, s = self.feature_grid, self.projector_downsample
+        bounds = (region_bounds(i, grid, s) for i in range(tokens_per_side(grid, s)))
+        return max(end - start for start, end in bounds)
 
     @property
     def memory_size(self) -> int:
@@ -305,14 +347,25 @@ class LlavaVrConfig(PreTrainedConfig):
         if not self.projector_kwargs.get("feature_layers", True):
             raise ValueError("projector_kwargs['feature_layers'] must name a hidden state.")
         _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
-        s = self.projector_downsample
-        if self.projector_type == "mlp" and s != 1:
+        s, grid = self.projector_downsample, self.feature_grid
+        if isinstance(s, float):
+            if self.projector_type != "c_abstractor":
+                raise ValueError(
+                    f"projector_downsample must be a whole number with projector_type {self.projector_type}, found "
+                    f"{s}; fractions go with c_abstractor."
+                )
+            if not 1 < s <= grid or abs(tokens_per_side(grid, s) * s - grid) > 1e-2:
+                raise ValueError(
+                    f"projector_downsample must be whole, or {grid} (the grid's side) divided by a smaller whole "
+                    f"number, found {s}."
+                )
+        elif self.projector_type == "mlp" and s != 1:
             raise ValueError(
                 f"projector_downsample must be 1 with projector_type mlp, which keeps all tokens; found {s}."
             )
-        if self.projector_type != "mlp" and not 2 <= s <= self.feature_grid:
+        elif self.projector_type != "mlp" and not 2 <= s <= grid:
             raise ValueError(
-                f"projector_downsample must be from 2 to {self.feature_grid} (the grid's side) with "
+                f"projector_downsample must be from 2 to {grid} (the grid's side) with "
                 f"projector_type {self.projector_type}, found {s}; 1 goes with mlp."
             )
         width, heads = self.vision_config.hidden_size, self.projector_kwargs.get("num_heads", 1)
@@ -333,9 +386,12 @@ class LlavaVrConfig(PreTrainedConfig):
         width, heads = self.remember_hidden_size, self.remember_num_heads
         if heads < 1 or width < 1 or width % heads:
             raise ValueError(f"remember_num_heads must divide remember_hidden_size {width}, found {heads}.")
-        s, window = self.projector_downsample, self.window_size
-        if window < s:
-            raise ValueError(f"remember_window must be null or at least projector_downsample {s}, found {window}.")
+        region, window = self.region_size, self.window_size
+        if window < region:
+            raise ValueError(
+                f"remember_window must be null or at least {region}, a region's side with projector_downsample "
+                f"{self.projector_downsample}; found {window}."
+            )
 
     def _check_images(self):
         if self.image_token_id < 0:
@@ -356,8 +412,19 @@ class LlavaVrConfig(PreTrainedConfig):
                     )
             if not self.image_grid_pinpoints:
                 raise ValueError(f"image_grid_pinpoints must not be empty with image_aspect_ratio {ratio!r}.")
-            if self.projector_kwargs.get("end_tokens") and self.image_merge_type != "flat":
-                raise ValueError("projector_kwargs['end_tokens'] needs one tile, or image_merge_type flat.")
+            if self.projector_kwargs.get("end_tokens") and self.image_merge_type not in ("flat", "slices"):
+                raise ValueError("projector_kwargs['end_tokens'] needs one tile, or image_merge_type flat or slices.")
+        ids, vocabulary = self.image_separator_ids, self.text_config.vocab_size
+        if (ids is None) == (self.image_merge_type == "slices"):
+            raise ValueError(
+                "image_separator_ids must be two token ids with image_merge_type slices and null otherwise; found "
+                f"{ids} with {self.image_merge_type}."
+            )
+        if ids is not None and (len(ids) != 2 or any(not 0 <= i < vocabulary for i in ids)):
+            raise ValueError(
+                f"image_separator_ids must be two token ids from 0 to {vocabulary - 1}: between tiles of a row, and "
+                f"after a row; found {ids}."
+            )
 
 
 def check_tiling(image_aspect_ratio: str, image_merge_type: str):
@@ -371,6 +438,10 @@ def check_tiling(image_aspect_ratio: str, image_merge_type: str):
     if number and image_merge_type != "spatial_unpad":
         raise ValueError(
             f"image_merge_type must be spatial_unpad with {image_aspect_ratio}, found {image_merge_type!r}."
+        )
+    if image_merge_type == "slices" and image_aspect_ratio != "anyres":
+        raise ValueError(
+            f"image_aspect_ratio must be anyres with image_merge_type slices, found {image_aspect_ratio!r}."
         )
 
 

@@ -31,6 +31,7 @@ from llava_vr.conversion.companions import (
     generation_config,
     load_tokenizer,
     make_processor,
+    separator_ids,
     write_companions,
 )
 from llava_vr.conversion.mapping import parse_maps
@@ -152,6 +153,8 @@ def convert(
 
     tokenizer = load_tokenizer(recognised)
     image_token, image_token_id = add_image_token(tokenizer, recognised.image_token_id)
+    if recognised.config.get("image_merge_type") == "slices" and "image_separator_ids" not in recognised.config:
+        recognised.config["image_separator_ids"] = separator_ids(tokenizer)
     config = _configure(recognised, image_token_id, options)
     template, style = chat_template(recognised, tokenizer, image_token, f"{source} {base_model or ''}")
     processor = make_processor(recognised, config, tokenizer, image_token, template)

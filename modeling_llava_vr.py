@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .configuration_llava_vr import ImageLayout, LlavaVrConfig
+from .configuration_llava_vr import ImageLayout, LlavaVrConfig, region_bounds, tokens_per_side
 
 
 logger = logging.get_logger(__name__)
@@ -65,30 +65,34 @@ class LlavaVrCausalLMOutputWithPast(CausalLMOutputWithPast):
     remember_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def cut_windows(grid: torch.Tensor, stride: int, window: int) -> torch.Tensor:
+def cut_windows(grid: torch.Tensor, stride: int | float, window: int) -> torch.Tensor:
     """
-    Cuts a grid of features into one window for each `stride` x `stride` region, regions and entries row by row.
+    Cuts a grid of features into one window for each region (see `region_bounds`), regions and entries row by row.
 
-    A grid that `stride` does not divide is padded at the bottom and right. A window larger than its region is centred
-    on it (an odd surplus goes to the bottom and right) and overlaps its neighbours. Padding is exactly zero.
+    A grid that a whole `stride` does not divide is padded at the bottom and right. A window larger than its region is
+    centred on it (an odd surplus goes to the bottom and right) and overlaps its neighbours. Padding is exactly zero.
 
     Args:
         grid: `(tiles, rows, columns, features)`.
-        stride: patches per side of a region.
-        window: patches per side of a window, at least `stride`.
+        stride: patches from one region to the next; a fraction where regions overlap.
+        window: patches per side of a window, at least those of the largest region.
 
     Returns:
         `(tiles, regions, window * window, features)`, with `ceil(rows / stride) * ceil(columns / stride)` regions.
     """
-    before = (window - stride) // 2
-    below, right = (-size % stride + window - stride - before for size in grid.shape[1:3])
-    if before or below or right:
-        grid = F.pad(grid, (0, 0, before, right, before, below))
-    rows, columns = grid.shape[1:3]
-    entry = torch.arange(window, device=grid.device)
-    row = torch.arange(0, rows - window + 1, stride, device=grid.device)[:, None] + entry  # (t, window)
-    column = torch.arange(0, columns - window + 1, stride, device=grid.device)[:, None] + entry
-    positions = row[:, None, :, None] * columns + column[:, None, :]  # (t, t, window, window), of the flattened grid
+    padding, patches = [], []
+    for size in grid.shape[1:3]:
+        tokens = tokens_per_side(size, stride)
+        start, end = region_bounds(torch.arange(tokens, device=grid.device), size, stride)
+        before = (window - region_bounds(0, size, stride)[1]) // 2
+        after = region_bounds(tokens - 1, size, stride)[0] + window - before - size
+        first = start - (window - end + start) // 2 + before  # counted from the padding
+        padding = [before, after, *padding]
+        patches.append(first[:, None] + torch.arange(window, device=grid.device))  # (t, window)
+    if any(padding):
+        grid = F.pad(grid, (0, 0, *padding))
+    row, column = patches
+    positions = row[:, None, :, None] * grid.shape[2] + column[:, None, :]  # (t, t, window, window), of the flat grid
     # Not Tensor.unfold: its compiled backward pass corrupts memory on CPU (torch 2.13), and index_select is faster.
     windows = grid.flatten(1, 2).index_select(1, positions.flatten())
     return windows.unflatten(1, (-1, window * window))
@@ -104,11 +108,13 @@ def to_grid(features: torch.Tensor, grid_size: int) -> torch.Tensor:
     return features.unflatten(1, (grid_size, grid_size))
 
 
-def average_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
+def average_regions(grid: torch.Tensor, stride: int | float) -> torch.Tensor:
     """
     Averages each region of a grid `(tiles, features, g, g)` to `(tiles, features, t, t)`. With `ceil_mode`, a region at
     the edge is divided by the number of features that it really has.
     """
+    if isinstance(stride, float):
+        return F.adaptive_avg_pool2d(grid, tokens_per_side(grid.shape[-1], stride))
     return F.avg_pool2d(grid, stride, ceil_mode=True)
 
 
@@ -335,7 +341,7 @@ class ResamplerProjector(nn.Module):
     def __init__(self, config):
         super().__init__()
         options, vision_size = config.projector_kwargs, config.vision_config.hidden_size
-        tokens = (-(-config.feature_grid // config.projector_downsample)) ** 2
+        tokens = tokens_per_side(config.feature_grid, config.projector_downsample) ** 2
         self.queries = nn.Parameter(torch.randn(1, tokens, vision_size) * 0.02)
         self.layers = nn.ModuleList(
             ResamplerLayer(vision_size, options["num_heads"], config.projector_hidden_act)
@@ -391,7 +397,7 @@ class VisionRemember(nn.Module):
         Args:
             hidden_states: `(tokens, hidden_size)`, of the vision tokens.
             memory: `(tokens, window * window, memory_size)`, each token's window.
-            valid: `(tokens,)`, False for a token without a region (newline, end token, padding).
+            valid: `(tokens,)`, False for a token without a region (newline, separator, end token, padding).
 
         Returns:
             The update of the hidden states `(tokens, hidden_size)`, zero where not valid, and the attention weights
@@ -552,12 +558,12 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if self.multi_modal_projector.uses_levels:
             features.append(self._patch_features(outputs.hidden_states, self.config.projector_kwargs["feature_layers"]))
         tokens = self.multi_modal_projector(*features)  # (all tiles, tokens of a tile, hidden_size)
-        width, newline = tokens.shape[-1], self.image_newline
+        width, separators = tokens.shape[-1], self._separators(tokens.device)
         if len(self.vision_remember):
             tokens = torch.cat([tokens, self._memory_rows(outputs.hidden_states, tokens.shape[1])], dim=-1)
-            newline = newline if newline is None else F.pad(newline, (0, tokens.shape[-1] - width))
+            separators = separators if separators is None else F.pad(separators, (0, tokens.shape[-1] - width))
         sizes = [None] * len(num_tiles) if image_sizes is None else image_sizes.tolist()
-        images = [pack_tiles(t, layout, size, newline) for t, size in zip(tokens.split(num_tiles), sizes)]
+        images = [pack_tiles(t, layout, size, separators) for t, size in zip(tokens.split(num_tiles), sizes)]
         return LlavaVrImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=[image[:, :width] for image in images],
@@ -565,6 +571,12 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             attentions=outputs.attentions,
             deepstack_features=[[image[:, width:] for image in images]] if len(self.vision_remember) else None,
         )
+
+    def _separators(self, device: torch.device) -> torch.Tensor | None:
+        """What stands between vision tokens: the newline `(hidden_size,)` or, of slices, both `(2, hidden_size)`."""
+        if self.config.image_separator_ids is None:
+            return self.image_newline
+        return self.get_input_embeddings()(torch.tensor(self.config.image_separator_ids, device=device))
 
     def _check_images(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None
@@ -744,11 +756,19 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
 
 
 def pack_tiles(
-    tokens: torch.Tensor, layout: ImageLayout, image_size: Sequence[int] | None, newline: torch.Tensor | None
+    tokens: torch.Tensor, layout: ImageLayout, image_size: Sequence[int] | None, separators: torch.Tensor | None
 ) -> torch.Tensor:
-    """One image's tiles `(tiles, tokens, features)` as one sequence `(tokens, features)`: see `ImageLayout`."""
+    """One image's tiles `(tiles, tokens, features)` as one sequence `(tokens, features)`: see `ImageLayout`.
+
+    `separators` is the newline `(features,)` or, with "slices", what follows a tile in a row and at its end
+    `(2, features)`.
+    """
     if len(tokens) == 1 or layout.merge_type == "flat":
         return tokens.flatten(0, 1)
+    if layout.merge_type == "slices":
+        after = layout.separators(image_size)  # the base tile goes last, or is left out
+        slices = tokens.roll(-1, 0)[: len(after)]  # (slices, tokens, features)
+        return torch.cat([slices, separators.to(slices)[after].unsqueeze(1)], dim=1).flatten(0, 1)
     side = layout.tokens_per_side
     grid = (
         tokens[1:].unflatten(0, layout.tiling(image_size)).unflatten(2, (side, side))
@@ -759,7 +779,7 @@ def pack_tiles(
         size = layout.resample(*grid.shape[:2])
         if size != tuple(grid.shape[:2]):
             grid = F.interpolate(grid.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
-        grid = torch.cat([grid, newline.to(grid).expand(len(grid), 1, -1)], dim=1)
+        grid = torch.cat([grid, separators.to(grid).expand(len(grid), 1, -1)], dim=1)
     return torch.cat([tokens[0], grid.flatten(0, 1)])
 
 

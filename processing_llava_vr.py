@@ -104,7 +104,7 @@ class LlavaVrProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         patch_size: int = 14,
-        projector_downsample: int = 2,
+        projector_downsample: int | float = 2,
         image_aspect_ratio: str | None = None,
         image_merge_type: str = "spatial_unpad",
         image_end_tokens: int = 0,

@@ -53,6 +53,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     folder = next((f for f in folders if any((f / name).is_file() for name in VOCABULARIES)), None)
     if folder is None:
         raise ConversionError(f"{source.folder}: no tokenizer beside the weights: pass --base-model with one.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        raise ConversionError(
+            f"{folder}: tokenizer.model needs tokenizer_config.json beside it, which names its class."
+        )
     with tempfile.TemporaryDirectory() as copy:  # apart from config.json, whose model_type transformers may not know
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
@@ -80,6 +84,17 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int | No
             f"image_token_id is {image_token_id}, but the tokenizer would give {IMAGE_TOKEN} {found}."
         )
     return IMAGE_TOKEN, found
+
+
+def separator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What TokenPacker's HD mode puts between tiles of a row and after a row.
+
+    A Llama tokenizer has no token of a line feed, so there it is the unknown one, as in the source.
+    """
+    ids = tokenizer.convert_tokens_to_ids([",", "\n"])
+    if None in ids:
+        raise ConversionError("image_aspect_ratio 'slice': the tokenizer lacks ',' or '\\n', and an unknown token.")
+    return ids
 
 
 def make_image_processor(config: LlavaVrConfig, saved: dict[str, Any]):
@@ -170,7 +185,12 @@ def write_companions(
     """Writes all files of the result but the weights and their index."""
     plan.config.architectures = ["LlavaVrForConditionalGeneration"]
     plan.config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # tokenizers' own, where the disk is full
+            raise OSError(str(error)) from error
+        raise
     for name, auto_map in AUTO_MAP.items():
         values = read_json(folder / name) | {"auto_map": auto_map}
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -206,7 +226,7 @@ Converted from {source.kind} by `convert_weights.py`: {plan.summary().splitlines
 |---|---|
 | vision tower | {vision.model_type}, {vision.image_size} pixels, patches of {vision.patch_size} |
 | decoder | {text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |
-| projector | {config.projector_type}, {config.projector_downsample} patches a side to a token |
+| projector | {config.projector_type}, {config.projector_downsample:.3g} patches a side to a token |
 | Vision Remember modules after layers | {layers} |
 | images | {config.image_aspect_ratio}, {config.image_merge_type} |
 | conversation | {style} |

@@ -183,7 +183,7 @@ def _apply_options(source: Source, options: Options):
         if (config["projector_type"], options.projector) != ("mlp", "avg_pool"):  # which has the same two layers
             source.new += ("model.multi_modal_projector.",)
             source.parts = [_without_projector(part) for part in source.parts]
-        downsample = 1 if options.projector == "mlp" else max(2, config["projector_downsample"])
+        downsample = 1 if options.projector == "mlp" else max(2, round(config["projector_downsample"]))
         config |= {"projector_type": options.projector, "projector_downsample": downsample, "projector_kwargs": None}
         source.has_reference = False
 
@@ -309,16 +309,23 @@ def parse_pinpoints(value: Any, tile: int) -> list[list[int]]:
     return [[height, width] for width, height in pairs]
 
 
+def slice_tilings(patch_num: Any, tile: int) -> list[list[int]]:
+    """The tilings of TokenPacker's HD mode as (height, width) in pixels: at most `patch_num` tiles, 9 in a line."""
+    if str(patch_num) not in ("9", "16", "25"):
+        raise ConversionError(f"patch_num {patch_num!r}: 9, 16 or 25 are read.")
+    sides = range(1, int(patch_num) + 1)
+    shapes = ((rows, columns) for rows in sides for columns in sides if rows * columns <= int(patch_num))
+    return [[rows * tile, columns * tile] for rows, columns in shapes if min(rows, columns) > 1 or rows + columns <= 10]
+
+
 def _images(config: dict[str, Any], tile: int) -> dict[str, Any]:
     """How research code cuts and joins tiles."""
     ratio, merge = config.get("image_aspect_ratio") or "square", config.get("mm_patch_merge_type") or "flat"
-    if ratio == "slice":
-        raise ConversionError(
-            "image_aspect_ratio 'slice' (TokenPacker's HD mode): it puts the whole image after its tiles and text "
-            "tokens between them, which LLaVA-VR's layout has not."
-        )
+    if ratio == "slice":  # TokenPacker's HD mode
+        tilings = slice_tilings(config.get("patch_num") or 9, tile)
+        return {"image_aspect_ratio": "anyres", "image_merge_type": "slices", "image_grid_pinpoints": tilings}
     if not re.fullmatch(r"square|pad|anyres(_max_\d+)?", ratio):
-        raise ConversionError(f"image_aspect_ratio {ratio!r}: only square, pad, anyres and anyres_max_N are read.")
+        raise ConversionError(f"image_aspect_ratio {ratio!r}: only square, pad, anyres, anyres_max_N, slice are read.")
     if merge not in ("flat", "spatial", "spatial_unpad"):
         raise ConversionError(f"mm_patch_merge_type {merge!r}: only flat, spatial and spatial_unpad are read.")
     images: dict[str, Any] = {"image_aspect_ratio": ratio, "image_merge_type": merge}
@@ -384,16 +391,13 @@ def _honeybee(folder: Path, config: dict[str, Any]) -> Source:
     vision = _sub_config(config["vision_config"], "clip_vision_model", "vision tower")
     tokens = projector.get("num_query_tokens") or config["num_query_tokens"]
     grid, side = vision.image_size // vision.patch_size, math.isqrt(tokens)
-    if grid % side:
-        raise ConversionError(
-            f"Honeybee's {tokens} query tokens from a grid of {grid} x {grid} patches: its pooling regions overlap, "
-            "LLaVA-VR's do not."
-        )
+    if side**2 != tokens:
+        raise ConversionError(f"Honeybee's num_query_tokens {tokens} is not the square of a whole number.")
     values = {
         "vision_config": vision,
         "text_config": _sub_config(config["text_config"], config["text_config"]["model_type"], "language model"),
         "projector_type": "c_abstractor",
-        "projector_downsample": grid // side,
+        "projector_downsample": grid / side if grid % side else grid // side,
         "projector_kwargs": {
             "hidden_size": projector.get("hidden_size", 1024),
             "depth": projector["depth"],

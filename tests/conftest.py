@@ -45,6 +45,19 @@ AUTO_MAP = {
 }
 
 
+VARIANTS = {  # of a configuration, for tests that hold for both
+    "spatial_unpad": {},
+    "slices": {
+        "image_merge_type": "slices",
+        "image_separator_ids": [60, 70],
+        "image_grid_pinpoints": [[32, 32], [32, 96], [64, 32], [64, 64]],
+        "projector_type": "c_abstractor",
+        "projector_downsample": 4 / 3,
+        "projector_kwargs": {"depth": 1},
+    },
+}
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a byte, after the special tokens: its ids are those of `SPECIAL_TOKENS`, `<image>` is 3."""
@@ -60,6 +73,12 @@ def tokenizer():
         eos_token="</s>",
         additional_special_tokens=SPECIAL_TOKENS[3:],
     )
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def variant_config(request, tiny_config):
+    """Images merged to one grid and, tiles apart, "slices" with overlapping regions."""
+    return tiny_config(**VARIANTS[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaNextProcessor, LlavaOnevisionProcessor
 
 from llava_vr import LlavaVrConfig
-from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS, ImageLayout
+from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS, ImageLayout, tokens_per_side
 from llava_vr.modeling_llava_vr import pack_tiles
 
 
@@ -52,6 +52,7 @@ def image_sizes(count, seed=0):
         "feature_grid": 24,
         "image_aspect_ratio": "anyres",
         "image_merge_type": "spatial_unpad",
+        "image_separator_ids": None,
         "image_grid_pinpoints": NEXT_PINPOINTS,
         "tie_word_embeddings": True,
     }.items(),
@@ -126,6 +127,22 @@ def test_window_size(tiny_config):
     assert tiny_config(remember_window=4).window_size == 4
 
 
+@pytest.mark.parametrize("patches, tokens, window", [(24, 16, 2), (16, 12, 2), (5, 3, 3), (7, 3, 3), (24, 7, 5)])
+def test_a_fraction_s_window_holds_the_largest_region(tiny_config, patches, tokens, window):
+    """Regions of `nn.AdaptiveAvgPool2d`, written out: 5 patches to 3 tokens are [0, 2), [1, 4) and [3, 5)."""
+    config = tiny_config(
+        vision={"image_size": 8 * patches}, projector_type="c_abstractor", projector_downsample=patches / tokens
+    )
+    assert config.window_size == window and config.image_layout.tokens_per_side == tokens
+    regions = [(i * patches // tokens, -(-(i + 1) * patches // tokens)) for i in range(tokens)]
+    assert max(end - start for start, end in regions) == window
+
+
+def test_tokens_per_side_of_every_fraction():
+    assert all(tokens_per_side(patches, patches / t) == t for patches in range(1, 100) for t in range(1, patches + 1))
+    assert tokens_per_side(16, 1.33333) == 12
+
+
 def test_image_token_index_is_an_alias():
     config = LlavaVrConfig(image_token_index=7)
     assert config.image_token_id == config.image_token_index == 7
@@ -141,6 +158,8 @@ VARIANTS = [
     {"projector_type": "tokenpacker", "projector_downsample": 3, "remember_feature_layers": [-1]},
     {"projector_type": "c_abstractor", "projector_kwargs": {"end_tokens": 2}, "image_aspect_ratio": "pad"},
     {"projector_type": "mlp", "projector_downsample": 1, "remember_layers": [], "image_merge_type": "flat"},
+    {"projector_type": "c_abstractor", "projector_downsample": 4 / 3, "image_merge_type": "spatial"},
+    {"image_merge_type": "slices", "image_separator_ids": [0, 261]},
 ]
 
 
@@ -187,6 +206,18 @@ def test_loads_a_llava_next_configuration(tiny_config):
         ({"projector_downsample": 1}, "projector_downsample must be from 2 to 4 .* found 1; 1 goes with mlp"),
         ({"projector_downsample": 5}, "projector_downsample must be from 2 to 4 .* found 5"),
         ({"projector_downsample": 0}, "projector_downsample must be from 2 to 4 .* found 0"),
+        ({"projector_downsample": 1.5}, "projector_downsample must be a whole number with .* avg_pool, found 1.5"),
+        *(
+            (
+                {"projector_type": "c_abstractor", "projector_downsample": s},
+                rf"projector_downsample must be whole, or 4 \(the grid's side\) divided by .* found {s}",
+            )
+            for s in (1.5, 1.0, 0.5, 4.5, 1.34, float("nan"))
+        ),
+        (
+            {"projector_type": "c_abstractor", "projector_downsample": 4 / 3, "remember_window": 1},
+            "remember_window must be null or at least 2, a region's side with projector_downsample 1.33",
+        ),
         ({"vision_feature_layer": 3}, "vision_feature_layer has 3, .* 3 hidden states: use -3 to 2"),
         ({"vision_feature_layer": -4}, "vision_feature_layer has -4"),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy must be one of default, full"),
@@ -198,17 +229,33 @@ def test_loads_a_llava_next_configuration(tiny_config):
         ({"remember_num_heads": 3}, "remember_num_heads must divide remember_hidden_size 16, found 3"),
         ({"remember_num_heads": 0}, "remember_num_heads must divide remember_hidden_size 16, found 0"),
         ({"remember_hidden_size": 0}, "remember_num_heads must divide remember_hidden_size 0"),
-        ({"remember_window": 0}, "remember_window must be null or at least projector_downsample 2, found 0"),
-        ({"remember_window": 1}, "remember_window must be null or at least projector_downsample 2, found 1"),
+        ({"remember_window": 0}, "remember_window must be null or at least 2, .* projector_downsample 2; found 0"),
+        ({"remember_window": 1}, "remember_window must be null or at least 2, .* projector_downsample 2; found 1"),
         ({"image_token_id": -200}, "image_token_id must be .* 0 or more, found -200"),
         ({"image_aspect_ratio": "wide"}, "image_aspect_ratio must be anyres, anyres_max_N .* found 'wide'"),
         ({"image_aspect_ratio": "anyres_max_0"}, "image_aspect_ratio must be"),
         ({"image_aspect_ratio": "anyres_max_"}, "image_aspect_ratio must be"),
         ({"image_aspect_ratio": "anyres_max_²"}, "image_aspect_ratio must be"),
-        ({"image_merge_type": "unpad"}, "image_merge_type must be one of spatial_unpad, spatial, flat, found 'unpad'"),
+        (
+            {"image_merge_type": "unpad"},
+            "image_merge_type must be one of spatial_unpad, spatial, flat, slices, found 'unpad'",
+        ),
         (
             {"image_aspect_ratio": "anyres_max_2", "image_merge_type": "flat"},
             "image_merge_type must be spatial_unpad with anyres_max_2, found 'flat'",
+        ),
+        (
+            {"image_aspect_ratio": "pad", "image_merge_type": "slices", "image_separator_ids": [0, 1]},
+            "image_aspect_ratio must be anyres with image_merge_type slices, found 'pad'",
+        ),
+        ({"image_merge_type": "slices"}, "image_separator_ids must be two token ids with .* slices .* found None"),
+        ({"image_separator_ids": [0, 1]}, r"image_separator_ids must be .* null otherwise; found \[0, 1\] with spat"),
+        *(
+            (
+                {"image_merge_type": "slices", "image_separator_ids": ids},
+                "image_separator_ids must be two token ids from 0 to 261",
+            )
+            for ids in ([0], [0, 1, 2], [0, 262], [-1, 0])
         ),
         ({"image_grid_pinpoints": [[32, 48]]}, r"image_grid_pinpoints .* multiples of the tile, 32 .* \[32, 48\]"),
         ({"image_grid_pinpoints": [[0, 32]]}, "image_grid_pinpoints must be"),
@@ -255,7 +302,7 @@ def test_loads_a_llava_next_configuration(tiny_config):
         ),
         (
             {"projector_type": "c_abstractor", "projector_kwargs": {"end_tokens": 2}},
-            r"projector_kwargs\['end_tokens'\] needs one tile, or image_merge_type flat",
+            r"projector_kwargs\['end_tokens'\] needs one tile, or image_merge_type flat or slices",
         ),
         ({"vision": {"patch_size": 64}}, r"vision_config.patch_size \(64\) must not exceed .*image_size \(32\)"),
         ({"vision": {"patch_size": 0}}, "vision_config.patch_size must be a positive integer, found 0"),
@@ -286,7 +333,8 @@ def test_sub_configuration_of_the_wrong_kind_is_refused(field, config, message):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("projector_downsample", 2.5),
+        ("projector_downsample", "2"),
+        ("image_separator_ids", ["\n", ","]),
         ("projector_kwargs", [1]),
         ("vision_feature_layer", "last"),
         ("remember_feature_layers", ["1"]),
@@ -338,6 +386,17 @@ def test_num_tokens_without_unpadding(merge_type, tokens):
     assert layout_for(12, NEXT_PINPOINTS, merge_type).num_tokens((500, 672)) == tokens
 
 
+@pytest.mark.parametrize(
+    "size, tokens",
+    [((336, 336), 144 + 1), ((336, 672), 3 * 145), ((1008, 672), 7 * 145), ((1, 1), 144 + 1)],
+)
+def test_num_tokens_of_slices(size, tokens):
+    """A separator after each tile; the base tile counts where there is more than one other."""
+    assert layout_for(12, ONEVISION_PINPOINTS, "slices").num_tokens(size) == tokens
+    assert layout_for(12, ONEVISION_PINPOINTS, "slices", end_tokens=2).num_tokens(size) == tokens // 145 * 147
+    assert layout_for(12, [], "slices").num_tokens(size) == 144
+
+
 def test_num_tokens_of_one_tile():
     assert layout_for(12, []).num_tokens((500, 672)) == 144
     assert layout_for(12, [], end_tokens=3).num_tokens((500, 672)) == 147
@@ -387,16 +446,18 @@ def test_num_tokens_equals_llava_onevision(side, max_tiles):
         ("spatial", None, 0),
         ("flat", None, 0),
         ("flat", None, 3),
+        ("slices", None, 0),
+        ("slices", None, 3),
     ],
 )
 @pytest.mark.parametrize("side", SIDES)
 def test_num_tokens_equals_what_the_model_packs(side, merge_type, max_tiles, end_tokens):
-    newline = torch.zeros(1)
+    separators = torch.zeros(2, 1) if merge_type == "slices" else torch.zeros(1)
     for pinpoints in (NEXT_PINPOINTS, ONEVISION_PINPOINTS):
         layout = layout_for(side, pinpoints, merge_type, max_tiles, end_tokens)
         tiles = torch.zeros(37, layout.tokens_per_tile, 1)
         for size in image_sizes(600, seed=side):
-            packed = pack_tiles(tiles[: layout.num_tiles(size)], layout, size, newline)
+            packed = pack_tiles(tiles[: layout.num_tiles(size)], layout, size, separators)
             assert len(packed) == layout.num_tokens(size), size
 
 

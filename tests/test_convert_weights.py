@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import runpy
 import shutil
@@ -41,7 +42,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llava_vr.conversion import companions, plan, templates
+from llava_vr.conversion import companions, plan, sources, templates
 from llava_vr.conversion.readers import ConversionError
 from llava_vr.convert_weights import convert, main
 
@@ -486,12 +487,11 @@ def test_llava_onevision_research(with_tower, tmp_path, save_tokenizer):
 # ---- TokenPacker, MobileVLM, Honeybee
 
 
-@pytest.mark.parametrize("scale", [2, 4])
-def test_tokenpacker(scale, tmp_path, save_tokenizer):
-    """Its own tower in the checkpoint is not the one it loads; its levels are hidden states 12, 16, 22 and 23."""
+def make_tokenpacker(clip_folder, scale=2, kind=Research, **config):
+    """Its levels are hidden states 12, 16, 22 and 23 of the tower that is saved in `clip_folder`."""
     width, heads = 256, 2
     tower, decoder = make_clip(hidden_size=width, num_hidden_layers=24, intermediate_size=32), make_decoder()
-    tower.save_pretrained(tmp_path / "clip")
+    tower.save_pretrained(clip_folder)
     shapes = {
         "q_proj_1.weight": (width, width),
         "clip_attn.in_proj_weight": (3 * width, width),
@@ -526,9 +526,16 @@ def test_tokenpacker(scale, tmp_path, save_tokenizer):
             found.append(attention(q, k, v)[0].transpose(0, 1))
         return gelu_mlp(torch.cat(found, dim=1), weights, "mlp.0", "mlp.2")
 
-    config = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_select_layer": -2}
-    config |= {"scale_factor": scale, "image_aspect_ratio": "pad", "mm_vision_tower": str(tmp_path / "clip")}
-    source = Research(tower, decoder, projector, project, **config)
+    values = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_select_layer": -2}
+    values |= {"scale_factor": scale, "image_aspect_ratio": "pad", "mm_vision_tower": str(clip_folder)}
+    return kind(tower, decoder, projector, project, **{**values, **config})
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_tokenpacker(scale, tmp_path, save_tokenizer):
+    """Its own tower in the checkpoint is not the one it loads."""
+    source = make_tokenpacker(tmp_path / "clip", scale)
+    tower = source.tower
     source.tower = randomize(CLIPVisionModel(tower.config), 77)
     folder = source.save(tmp_path / "source", with_tower=True)
     source.tower = tower
@@ -537,9 +544,107 @@ def test_tokenpacker(scale, tmp_path, save_tokenizer):
     assert result.plan.config.projector_downsample == scale
     assert {reason for _, reason in result.plan.dropped} == {"the source loads the named tower instead of its own"}
 
-    (folder / "config.json").write_text(json.dumps(source.config | {"image_aspect_ratio": "slice"}))
-    with pytest.raises(ConversionError, match="slice.*HD mode"):
-        convert(folder, tmp_path / "hd")
+
+SLICES = {  # (height, width) of an image: its rows and columns of tiles
+    (20, 30): (1, 1),
+    (60, 30): (2, 1),
+    (30, 95): (1, 3),
+    (64, 60): (2, 2),
+    (60, 95): (2, 3),
+    (30, 250): (1, 8),
+    (300, 300): (3, 3),
+}
+COMMA, UNKNOWN = 17, 0  # of the tests' tokenizer, in which no token is a line feed
+
+
+class Slices(Research):
+    """TokenPacker's HD mode: the tiles one by one, "," and the line feed between them, the whole image last."""
+
+    def pack(self, tiles, width, height):
+        (rows, columns), embeddings = SLICES[height, width], self.decoder.get_input_embeddings().weight
+        sequence = []
+        for row in range(rows):
+            for column in range(columns):
+                sequence.append(tiles[1 + row * columns + column])
+                if column < columns - 1:
+                    sequence.append(embeddings[[COMMA]])
+            sequence.append(embeddings[[UNKNOWN]])
+        if rows * columns > 1:
+            sequence += [tiles[0], embeddings[[UNKNOWN]]]
+        return torch.cat(sequence)
+
+
+@pytest.fixture
+def hd(tmp_path, save_tokenizer):
+    """A checkpoint of TokenPacker's HD mode, with a tokenizer that has an unknown token, and its folder."""
+    source = make_tokenpacker(tmp_path / "clip", kind=Slices, image_aspect_ratio="slice")
+    folder = source.save(tmp_path / "source")
+    save_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "<pad>"}))
+    return source, folder
+
+
+def test_tokenpacker_hd(hd, tmp_path):
+    source, folder = hd
+    config = check(source, folder, tmp_path / "out", list(SLICES), verify=True, remember_layers=[0]).plan.config
+    assert {size: config.image_layout.tiling(size) for size in SLICES} == SLICES
+    assert config.image_separator_ids == [COMMA, UNKNOWN]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert processor.tokenizer.convert_ids_to_tokens(COMMA) == ","
+    inputs = processor(images=Image.new("RGB", (95, 30)), text="<image>", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[IMAGE_ID] * (4 * 4 + 2 + 1 + 1)]
+    assert convert(tmp_path / "out", tmp_path / "again").plan.config.image_separator_ids == [COMMA, UNKNOWN]
+
+
+def test_sentencepiece_tokenizer(tmp_path):
+    """A source with Llama's tokenizer.model: the same ids as sentencepiece gives; no piece is a line feed."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    vocabulary = 300
+    source = make_tokenpacker(tmp_path / "clip", kind=Slices, image_aspect_ratio="slice")
+    source = Slices(
+        source.tower, make_decoder(vocab_size=vocabulary), source.projector, source.project, **source.config
+    )
+    source.config["vocab_size"] = vocabulary
+    folder = source.save(tmp_path / "source")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat, the hat, and a picture of that"] * 9),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocabulary,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, "model_max_length": 2048}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    config = convert(folder, tmp_path / "out").plan.config
+    assert config.image_token_id == len(pieces) == vocabulary and config.text_config.vocab_size == 320
+    assert config.image_separator_ids == [pieces.piece_to_id(","), pieces.unk_id()]
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).tokenizer
+    text = "the picture, that cat\nand a zebra"
+    assert tokenizer(text)["input_ids"] == [pieces.bos_id(), *pieces.encode(text)]
+    assert tokenizer("a<image>")["input_ids"] == [pieces.bos_id(), *pieces.encode("a"), config.image_token_id]
+
+
+def test_tilings_of_tokenpacker_hd():
+    """Those of its `patch_num`, counted by hand: all of so many tiles at most, of which a single line has nine."""
+    counts = {9: 23, "16": 23 + 2 * 6 + 1, 25: 36 + 2 * 9 + 1}
+    for patch_num, count in counts.items():
+        tilings = [(height // 336, width // 336) for height, width in sources.slice_tilings(patch_num, 336)]
+        assert len(set(tilings)) == len(tilings) == count
+        assert {(1, 1), (1, 9), (9, 1), (4, 2), (3, 3)} <= set(tilings) and (1, 10) not in tilings
+        assert max(rows * columns for rows, columns in tilings) == int(patch_num)
+
+
+def test_tokenpacker_hd_without_its_tokens_is_refused(hd, capsys, save_tokenizer):
+    source, folder = hd
+    (folder / "config.json").write_text(json.dumps(source.config | {"patch_num": "12"}))
+    assert "patch_num '12'" in refused(folder, capsys)
+    (folder / "config.json").write_text(json.dumps(source.config | {"patch_num": "16"}))
+    save_tokenizer(folder)  # without an unknown token
+    assert "the tokenizer lacks ',' or" in refused(folder, capsys)
 
 
 def test_mobilevlm(tmp_path, save_tokenizer):
@@ -565,8 +670,10 @@ def test_mobilevlm(tmp_path, save_tokenizer):
     check(source, folder, tmp_path / "out", [(50, 60)])
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new layout", "old layout"])
-def test_honeybee(old, tmp_path, save_tokenizer):
+@pytest.mark.parametrize(
+    ("tokens", "old"), [(4, False), (4, True), (9, False)], ids=["new layout", "old layout", "overlapping regions"]
+)
+def test_honeybee(tokens, old, tmp_path, save_tokenizer):
     """C-Abstractor of two RegNet stages; older checkpoints have a position embedding for the CLS token, too."""
     tower, decoder = make_clip(), make_decoder()
     inner, width, outer, depth = VISION["hidden_size"], 40, TEXT["hidden_size"], 2
@@ -606,7 +713,7 @@ def test_honeybee(old, tmp_path, save_tokenizer):
         x = (x + w["pos_emb"][:, -16:]).transpose(1, 2).unflatten(2, (4, 4))
         for i in (1, 2):
             x = block(x, w, f"net.0.b{i}")
-        x = torch.nn.functional.adaptive_avg_pool2d(x, (2, 2))
+        x = torch.nn.AdaptiveAvgPool2d((math.isqrt(tokens), math.isqrt(tokens)))(x)
         for i in (1, 2):
             x = block(x, w, f"net.2.b{i}")
         x = linear(silu(linear(x.flatten(2).transpose(1, 2), w, "readout.0")), w, "readout.2")
@@ -623,10 +730,10 @@ def test_honeybee(old, tmp_path, save_tokenizer):
         "text_config": decoder.config.to_dict(),
     }
     if old:
-        config |= {"visual_projector_config": abstractor, "num_query_tokens": 4}
+        config |= {"visual_projector_config": abstractor, "num_query_tokens": tokens}
     else:
         config |= {"projector_config": abstractor}
-        abstractor["num_query_tokens"] = 4
+        abstractor["num_query_tokens"] = tokens
     folder = tmp_path / "source"
     folder.mkdir()
     tensors = {f"abstractor.{name}": tensor for name, tensor in projector.items()}
@@ -635,12 +742,14 @@ def test_honeybee(old, tmp_path, save_tokenizer):
     write_weights(tensors, folder, 2, "bin")
     (folder / "config.json").write_text(json.dumps(config))
     save_tokenizer(folder)
-    check(source, folder, tmp_path / "out")
+    result = check(source, folder, tmp_path / "out", verify=True, remember_layers=[0])
+    assert result.plan.config.projector_downsample == 4 / math.isqrt(tokens)
 
-    (config if old else abstractor)["num_query_tokens"] = 9
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConversionError, match="9 query tokens from a grid of 4 x 4"):
-        convert(folder, tmp_path / "overlapping")
+    for number, words in ((10, "num_query_tokens 10"), (25, "projector_downsample must be")):
+        (config if old else abstractor)["num_query_tokens"] = number
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConversionError, match=words):
+            convert(folder, tmp_path / "other")
 
 
 # ---- artefacts
@@ -1126,8 +1235,10 @@ def test_sources_that_are_none(tmp_path, capsys, save_tokenizer, llava):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert "no weights" in refused(folder, capsys)
     folder = llava()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").unlink()
+    assert "tokenizer.model needs tokenizer_config.json" in refused(folder, capsys)
+    (folder / "tokenizer.model").unlink()
     assert "--base-model" in refused(folder, capsys)
     save_tokenizer(tmp_path / "base")
     convert(folder, tmp_path / "out", base_model=tmp_path / "base")
@@ -1180,6 +1291,10 @@ def test_output_that_cannot_be_written(llava, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         assert "no space left" in refused(folder, capsys)
+    with monkeypatch.context() as patch:
+        error = Exception("No space left on device (os error 28)")  # as the tokenizers library raises it
+        patch.setattr(companions.LlavaVrProcessor, "save_pretrained", lambda *_: (_ for _ in ()).throw(error))
+        assert "cannot be written: No space left on device" in refused(folder, capsys)
     made, pieces = [], plan.Maker.pieces
 
     def full(self, step):
@@ -1269,6 +1384,24 @@ def test_help_and_summary(llava, tmp_path, capsys):
     assert "tensors mapped" in text and "GB" in text and " s)" in text and "verified: loads" in text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_progress_bar_and_counts_of_the_summary(llava, tmp_path, capsys):
+    folder = llava({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
+    held = len(load_file(folder / "model.safetensors"))
+    convert(folder, tmp_path / "quiet")
+    assert "converting" not in capsys.readouterr().err  # where nobody looks on
+    result = convert(folder, tmp_path / "out", remember_layers=[1], progress=True)
+    bar = capsys.readouterr().err.split("\r")[-1]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    size, tower = sum(tensor.nbytes for tensor in written.values()), len(make_clip().state_dict())
+    assert "converting: 100%" in bar and f"{size / 1e6:.2f}M/{size / 1e6:.2f}M" in bar
+    new, mapped = sum("vision_remember" in name for name in written), held - 1 + tower
+    assert new + mapped == len(written)
+    first, reason, last = result.summary().splitlines()
+    assert first == f"LLaVA's research code: {mapped} tensors mapped, {new} new, 1 dropped; {size / 1e9:.3f} GB"
+    assert "dropped 1: a buffer" in reason
+    assert last == f"{tmp_path / 'out'} ({result.seconds:.1f} s)" and result.seconds > 0
 
 
 def test_script_runs_as_a_file(tmp_path, capsys, monkeypatch):

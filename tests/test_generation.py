@@ -16,8 +16,8 @@ slices_images = version.parse(transformers.__version__) >= version.parse("5.23")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_config, make_model):
-    return make_model(tiny_config())
+def model(variant_config, make_model):
+    return make_model(variant_config)
 
 
 @pytest.fixture(scope="module")

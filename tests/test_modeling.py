@@ -41,8 +41,8 @@ TEXT = {
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config):
-    return tiny_config(projector_kwargs={})
+def config(variant_config):
+    return variant_config
 
 
 @pytest.fixture(scope="module")
@@ -150,31 +150,42 @@ def test_a_module_acts_only_from_the_image_on(config, model, make_inputs):
     assert (difference[2, : inputs["attention_mask"][2].sum()] > 0).all()
 
 
-@pytest.mark.parametrize(("stride", "window"), [(2, 2), (2, 3), (2, 4), (3, 3), (3, 5)])
-def test_locality(tiny_config, stride, window):
+@pytest.mark.parametrize(
+    ("stride", "window", "starts"),
+    [
+        (2, 2, [0, 2, 4, 6]),
+        (2, 3, [0, 2, 4, 6]),
+        (2, 4, [-1, 1, 3, 5]),
+        (3, 3, [0, 3, 6]),
+        (3, 5, [-1, 2, 5]),
+        (7 / 3, 3, [0, 2, 4]),
+        (7 / 3, 5, [-1, 1, 3]),
+        (7 / 4, 3, [0, 1, 3, 5]),  # the regions are 0 to 1, 1 to 3, 3 to 5 and 5 to 6
+    ],
+)
+def test_locality(tiny_config, stride, window, starts):
     """A changed feature reaches exactly the tokens whose window holds it."""
     config = tiny_config(
-        projector_downsample=stride, remember_window=window, vision={"image_size": 56}
-    )  # 7 x 7 patches
+        projector_type="c_abstractor",
+        projector_downsample=stride,
+        remember_window=window,
+        vision={"image_size": 56},  # 7 x 7 patches
+    )
     torch.manual_seed(0)
     module, grid = VisionRemember(config), torch.randn(1, 7, 7, config.memory_size)
     torch.nn.init.normal_(module.out.weight)
-    regions = -(-7 // stride)
-    hidden, valid = torch.randn(regions**2, 32), torch.ones(regions**2, dtype=torch.bool)
+    regions = len(starts) ** 2
+    hidden, valid = torch.randn(regions, 32), torch.ones(regions, dtype=torch.bool)
 
     def update(features):
         return module(hidden, cut_windows(features, stride, window)[0], valid)[0]
 
-    before, offset = update(grid), (window - stride) // 2
+    before = update(grid)
     for row, column in [(0, 0), (1, 3), (4, 4), (6, 6), (2, 5)]:
         changed = grid.clone()
-        changed[0, row, column] += 1
+        changed[0, row, column] = torch.randn(config.memory_size)  # all raised alike would not pass the norm
         reached = (update(changed) - before).abs().amax(-1) > 0
-        holds = [
-            0 <= row - (i * stride - offset) < window and 0 <= column - (j * stride - offset) < window
-            for i in range(regions)
-            for j in range(regions)
-        ]
+        holds = [0 <= row - top < window and 0 <= column - left < window for top in starts for left in starts]
         assert reached.tolist() == holds
 
 
@@ -237,6 +248,32 @@ def test_memory_rows_follow_their_tokens(tiny_config, make_model, make_inputs):
         window = [states[tile, (2 * i + a) * 4 + 2 * j + b] for a in range(2) for b in range(2)]
         torch.testing.assert_close(rows[token, :-1], torch.cat(window), rtol=0, atol=0)
         assert rows[token, -1] == 1
+
+
+@pytest.mark.parametrize(("size", "tiling"), [((20, 30), (1, 1)), ((64, 20), (2, 1)), ((30, 90), (1, 3))])
+def test_slices_stand_in_their_order(tiny_config, make_model, make_inputs, size, tiling):
+    """Tile by tile with the separators between them, the base tile last; separators have no memory."""
+    pinpoints = [[32, 32], [64, 32], [32, 96]]
+    config = tiny_config(image_merge_type="slices", image_separator_ids=[60, 70], image_grid_pinpoints=pinpoints)
+    model, inputs = make_model(config), make_inputs(config, [[size]])
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    tiles = [  # each by itself, as the one tile of an image
+        model.get_image_features(tile[None, :]).pooler_output[0] for tile in inputs["pixel_values"][0]
+    ]
+    rows, columns = tiling
+    expected, valid = [], []
+    embeddings = model.get_input_embeddings().weight
+    for row in range(rows):
+        for column in range(columns):
+            expected += [tiles[1 + row * columns + column], embeddings[[60 if column < columns - 1 else 70]]]
+            valid += [1, 1, 1, 1, 0]
+    if tiling != (1, 1):
+        expected += [tiles[0], embeddings[[70]]]
+        valid += [1, 1, 1, 1, 0]
+    torch.testing.assert_close(features.pooler_output[0], torch.cat(expected), rtol=0, atol=1e-6)
+    memory = features.deepstack_features[0][0]
+    assert memory[:, -1].tolist() == valid
+    assert (memory[memory[:, -1] == 0] == 0).all() and (memory[memory[:, -1] == 1] != 0).all()
 
 
 def test_resampled_tokens_take_resampled_memory(tiny_config, make_model, make_inputs):
@@ -365,13 +402,15 @@ def test_a_decoder_that_cannot_take_the_module_is_refused_by_name(make_inputs, t
 
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("with_modules", [True, False])
-@pytest.mark.parametrize("merge", ["spatial_unpad", "spatial", "flat"])
+@pytest.mark.parametrize("merge", ["spatial_unpad", "spatial", "flat", "slices"])
 def test_every_projector_and_merge(tiny_config, make_model, make_inputs, projector, with_modules, merge):
-    for stride in (1,) if projector == "mlp" else (2, 3, 4):  # 3 does not divide the grid of 4
+    strides = {"mlp": (1,), "c_abstractor": (4 / 3, 2, 3, 4)}  # 3 does not divide the grid of 4
+    for stride in strides.get(projector, (2, 3, 4)):
         config = tiny_config(
             projector_type=projector,
             projector_downsample=stride,
             image_merge_type=merge,
+            image_separator_ids=[60, 70] if merge == "slices" else None,
             **({} if with_modules else {"remember_layers": []}),
         )
         inputs = make_inputs(config, MIXED)

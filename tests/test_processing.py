@@ -31,6 +31,12 @@ MODES = {
         "projector_kwargs": {"end_tokens": 2, "depth": 1},
     },
     "grid_not_divided": {"projector_downsample": 3, "vision": {"image_size": 40}},
+    "overlapping_regions": {"projector_type": "c_abstractor", "projector_downsample": 4 / 3},
+    "slices": {
+        "image_merge_type": "slices",
+        "image_separator_ids": [7, 8],
+        "image_grid_pinpoints": [[32, 32], [32, 96], [96, 32], [64, 64]],
+    },
     "pad": {"image_aspect_ratio": "pad"},
     "square": {"image_aspect_ratio": "square"},
     "siglip_square": {"family": "siglip", "image_aspect_ratio": "square"},
@@ -95,12 +101,15 @@ def test_shapes(tiny_config, processor_for, backend, mode):
     assert pixels.shape == ((2, 3, side, side) if "square" in mode or mode == "pad" else (2, 5, 3, side, side))
 
 
-@pytest.mark.parametrize("mode", ["anyres", "pad"])
+@pytest.mark.parametrize("mode", ["anyres", "pad", "slices", "overlapping_regions"])
 def test_save_and_reload(tiny_config, processor_for, tmp_path, mode, backend):
-    processor = processor_for(tiny_config(**MODES[mode]), backend)
+    config = tiny_config(**MODES[mode])
+    processor = processor_for(config, backend)
     processor.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "processor_config.json").read_text())
-    assert values["image_aspect_ratio"] == mode and values["patch_size"] == 8 and values["projector_downsample"] == 2
+    for name in ("image_aspect_ratio", "image_merge_type", "projector_downsample"):
+        assert values[name] == getattr(config, name)
+    assert values["patch_size"] == 8
     loaded = LlavaVrProcessor.from_pretrained(tmp_path, backend=backend)
     assert loaded.to_dict() == {k: v for k, v in processor.to_dict().items() if k != "auto_map"}
     assert loaded.chat_template == processor.chat_template
@@ -524,6 +533,10 @@ def test_unreadable_image_is_named_by_its_number(processor, tmp_path, make, mess
         (
             {"image_aspect_ratio": "anyres_max_2", "image_merge_type": "flat"},
             "image_merge_type must be spatial_unpad with anyres_max_2",
+        ),
+        (
+            {"image_aspect_ratio": "square", "image_merge_type": "slices"},
+            "image_aspect_ratio must be anyres with image_merge_type slices",
         ),
     ],
 )

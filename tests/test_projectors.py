@@ -19,6 +19,7 @@ from llava_vr.modeling_llava_vr import PROJECTORS, cut_windows
 
 VISION_SIZE, TEXT_SIZE, NUM_HEADS, LAYERS, TILES = 16, 24, 4, 3, 2
 GRIDS = [(4, 2), (5, 2), (6, 3), (7, 4), (8, 4), (3, 3)]  # (patches per side, stride)
+FRACTIONS = [(4, 4 / 3), (5, 5 / 3), (7, 7 / 3), (6, 1.5), (16, 16 / 12), (24, 24 / 16), (24, 24 / 7)]
 PADDED_GRIDS = [(5, 2), (7, 4), (5, 3)]
 OPTIONS = {
     "c_abstractor": {
@@ -104,6 +105,9 @@ def gather_regions(features, grid_size, stride):
 
 
 def mean_of_regions(features, grid_size, stride):
+    if isinstance(stride, float):
+        grid = features.transpose(1, 2).unflatten(2, (grid_size, grid_size))
+        return nn.AdaptiveAvgPool2d(per_side(grid_size, stride))(grid).flatten(2).transpose(1, 2)
     return torch.stack([region.mean(1) for region in gather_regions(features, grid_size, stride)], dim=1)
 
 
@@ -264,6 +268,30 @@ def test_cut_windows_equals_loops(grid_size, stride):
         assert torch.equal(cut_windows(grid, stride, window), expected)
 
 
+@pytest.mark.parametrize(("grid_size", "stride"), FRACTIONS)
+def test_windows_of_a_fraction_are_those_of_adaptive_pooling(grid_size, stride):
+    """Which patches a region has is read from the pooling of grids that are one in a single row."""
+    rows = torch.eye(grid_size).view(grid_size, 1, grid_size, 1).expand(-1, -1, -1, grid_size)
+    pooled = nn.AdaptiveAvgPool2d((per_side(grid_size, stride), 1))(rows)[:, 0, :, 0]  # (rows, tokens)
+    regions = [column.nonzero().flatten().tolist() for column in pooled.T]
+    assert any(last[-1] >= first[0] for last, first in zip(regions, regions[1:]))  # they overlap
+    grid, largest = torch.randn(TILES, grid_size, grid_size, 3), max(map(len, regions))
+    for window in range(largest, largest + 4):
+        sides = []
+        for region in regions:
+            start = region[0] - (window - len(region)) // 2
+            sides.append(range(start, start + window))
+        expected = []
+        for top in sides:
+            for left in sides:
+                for row in top:
+                    for column in left:
+                        inside = 0 <= row < grid_size and 0 <= column < grid_size
+                        expected.append(grid[:, row, column] if inside else torch.zeros(TILES, 3))
+        expected = torch.stack(expected, dim=1).view(TILES, len(regions) ** 2, window**2, 3)
+        assert torch.equal(cut_windows(grid, stride, window), expected)
+
+
 def test_cut_windows_of_a_rectangle():
     grid = torch.arange(2 * 5, dtype=torch.float).view(1, 2, 5, 1)
     windows = cut_windows(grid, stride=2, window=2)
@@ -293,6 +321,17 @@ def test_projector_equals_its_equations(name, scale, grid_size, stride):
     tokens = projector(features, levels)
     assert tokens.shape == (TILES, per_side(grid_size, stride) ** 2, TEXT_SIZE)
     assert_close(tokens, expected(name, projector, features, levels, grid_size, stride))
+
+
+@pytest.mark.parametrize(("grid_size", "stride"), FRACTIONS)
+def test_c_abstractor_of_a_fraction_equals_its_equations(grid_size, stride):
+    projector = make_projector("c_abstractor", grid_size, stride)
+    features, _ = make_inputs("c_abstractor", grid_size)
+    tokens = projector(features)
+    assert tokens.shape == (TILES, per_side(grid_size, stride) ** 2, TEXT_SIZE)
+    assert_close(tokens, expected("c_abstractor", projector, features, None, grid_size, stride))
+    compiled = torch.compile(projector, backend="eager", fullgraph=True, dynamic=True)
+    assert_close(compiled(features), tokens)
 
 
 @pytest.mark.parametrize(
