@@ -292,6 +292,13 @@ class LlavaVrConfig(PreTrainedConfig):
         return max(end - start for start, end in bounds)
 
     @property
+    def windows_are_padded(self) -> bool:
+        """Whether windows at the edges may reach beyond the grid."""
+        grid, s = self.feature_grid, self.projector_downsample
+        start, end = region_bounds(tokens_per_side(grid, s) - 1, grid, s)
+        return end > grid or self.window_size > min(end - start, region_bounds(0, grid, s)[1])
+
+    @property
     def memory_size(self) -> int:
         """M: width of one entry of the memory, all levels joined."""
         return len(self.remember_feature_layers) * self.vision_config.hidden_size

@@ -108,6 +108,14 @@ def to_grid(features: torch.Tensor, grid_size: int) -> torch.Tensor:
     return features.unflatten(1, (grid_size, grid_size))
 
 
+def normalize_memory(memory: torch.Tensor, level_size: int) -> torch.Tensor:
+    """Each level of each entry of a memory `(..., levels * level_size)` by itself to mean 0 and variance 1.
+
+    A layer norm without weights: those would be one with the weights of the keys and values that follow.
+    """
+    return F.layer_norm(memory.unflatten(-1, (-1, level_size)), (level_size,), eps=1e-6).flatten(-2)
+
+
 def average_regions(grid: torch.Tensor, stride: int | float) -> torch.Tensor:
     """
     Averages each region of a grid `(tiles, features, g, g)` to `(tiles, features, t, t)`. With `ceil_mode`, a region at
@@ -375,15 +383,15 @@ class VisionRemember(nn.Module):
         update = out(softmax(q k^T / sqrt(d) + b) v)        b: one learned bias per head and window position
 
     The idea is the paper's (arXiv 2506.03928); norms, widths, bias and the zero-initialised `out`, by which a new
-    module changes nothing, are ours. An entry of exact zeros is padding and is never attended to.
+    module changes nothing, are ours. norm(m) has no weights of its own and is the same for all modules, which receive
+    it ready: see `normalize_memory`. An entry of exact zeros is padding and is never attended to.
     """
 
     def __init__(self, config: LlavaVrConfig):
         super().__init__()
         hidden_size, width = config.text_config.hidden_size, config.remember_hidden_size
-        self.num_heads, self.levels = config.remember_num_heads, len(config.remember_feature_layers)
+        self.num_heads, self.has_padding = config.remember_num_heads, config.windows_are_padded
         self.query_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.memory_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-6)
         self.query = nn.Linear(hidden_size, width, bias=False)
         self.key = nn.Linear(config.memory_size, width, bias=False)
         self.value = nn.Linear(config.memory_size, width, bias=False)
@@ -396,24 +404,39 @@ class VisionRemember(nn.Module):
         """
         Args:
             hidden_states: `(tokens, hidden_size)`, of the vision tokens.
-            memory: `(tokens, window * window, memory_size)`, each token's window.
+            memory: `(tokens, window * window, memory_size)`, each token's window, normalised.
             valid: `(tokens,)`, False for a token without a region (newline, separator, end token, padding).
 
         Returns:
             The update of the hidden states `(tokens, hidden_size)`, zero where not valid, and the attention weights
             `(tokens, heads, window * window)`.
         """
-        real = memory.ne(0).any(-1)  # (tokens, window)
-        memory = self.memory_norm(memory.unflatten(-1, (self.levels, -1))).flatten(-2)  # each level by itself
         heads = (self.num_heads, -1)
         query = self.query(self.query_norm(hidden_states)).unflatten(-1, heads)  # (tokens, heads, head_dim)
-        key = self.key(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
-        value = self.value(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
-        scores = torch.einsum("nhd,nwhd->nhw", query, key) / math.sqrt(query.shape[-1]) + self.window_bias
-        scores = scores.float().masked_fill(~real[:, None], torch.finfo(torch.float32).min)
-        weights = scores.softmax(-1).to(value.dtype)  # (tokens, heads, window)
-        update = self.out(torch.einsum("nhw,nwhd->nhd", weights, value).flatten(1))
-        return update.masked_fill(~valid[:, None], 0), weights
+        if self._projects_last(memory.shape[1]):
+            key, value = (layer.weight.unflatten(0, heads) for layer in (self.key, self.value))  # (heads, head_dim, M)
+            scores = torch.einsum("nhd,hdm->nhm", query, key) @ memory.transpose(1, 2)  # (tokens, heads, window)
+            weights = self._weigh(scores, memory)
+            read = torch.einsum("nhm,hdm->nhd", weights @ memory, value)
+        else:
+            key = self.key(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
+            value = self.value(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
+            weights = self._weigh(torch.einsum("nhd,nwhd->nhw", query, key), memory)
+            read = torch.einsum("nhw,nwhd->nhd", weights, value)
+        return self.out(read.flatten(1)).masked_fill(~valid[:, None], 0), weights
+
+    def _projects_last(self, entries: int) -> bool:
+        """Whether q is taken to the memory's space and v made of what was read: the same numbers, and less work than
+        to project every entry from nine on. It reads the weights of the layers, which an adapter would go around."""
+        return entries > 4 and type(self.key) is type(self.value) is nn.Linear
+
+    def _weigh(self, scores: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Attention weights `(tokens, heads, window * window)` from products of queries and keys of that shape."""
+        scores = (scores / math.sqrt(self.query.out_features // self.num_heads) + self.window_bias).float()
+        if self.has_padding:
+            is_padding = memory.eq(0).all(-1)  # (tokens, window)
+            scores = scores.masked_fill(is_padding[:, None], torch.finfo(torch.float32).min)
+        return scores.softmax(-1).to(memory.dtype)
 
 
 class RememberTrace:
@@ -739,7 +762,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         rows = torch.cat(list(images.deepstack_features[0])).to(inputs_embeds.device, inputs_embeds.dtype)
         memory = rows[:, :-1].unflatten(1, (-1, self.config.memory_size))  # (tokens, window * window, memory_size)
         return {
-            "vision_memory": memory,
+            "vision_memory": normalize_memory(memory, self.config.vision_config.hidden_size),
             "vision_index": index,
             "vision_valid": rows[:, -1] > 0.5,
             "vision_trace": trace,

@@ -94,7 +94,6 @@ class WindowMean(VisionRemember):
     """Ours without attention: every entry of the window weighs the same. Of the query only its parameters are left."""
 
     def forward(self, hidden_states, memory, valid):
-        memory = self.memory_norm(memory.unflatten(-1, (self.levels, -1))).flatten(-2)
         return self.out(self.value(memory).mean(1)).masked_fill(~valid[:, None], 0), None
 
 

@@ -24,7 +24,13 @@ from transformers import (
 )
 
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
-from llava_vr.modeling_llava_vr import PROJECTORS, LlavaVrImageFeatures, VisionRemember, cut_windows
+from llava_vr.modeling_llava_vr import (
+    PROJECTORS,
+    LlavaVrImageFeatures,
+    VisionRemember,
+    cut_windows,
+    normalize_memory,
+)
 
 
 MIXED = [[5, 6, 7, 8], [9, (40, 90), 10, 11], [(64, 64), 12, (100, 20), 13, (20, 33), 14, 15]]
@@ -189,26 +195,56 @@ def test_locality(tiny_config, stride, window, starts):
         assert reached.tolist() == holds
 
 
-def test_the_module_is_attention_over_the_window(config):
-    """Against torch's own attention, one head at a time, with padding and tokens without a region."""
+@pytest.mark.parametrize("layer", ["key", "value"])
+def test_a_layer_that_was_replaced_is_called(tiny_config, layer):
+    """An adapter around keys or values takes part, whatever the order of the products."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight = inner, inner.weight
+
+        def forward(self, features):
+            return 2 * self.inner(features)
+
     torch.manual_seed(0)
+    config = tiny_config(remember_window=3)
+    adapted = VisionRemember(config)
+    torch.nn.init.normal_(adapted.out.weight)
+    doubled = copy.deepcopy(adapted)
+    getattr(doubled, layer).weight.data *= 2
+    setattr(adapted, layer, Doubled(getattr(adapted, layer)))
+    inputs = torch.randn(5, 32), torch.randn(5, 9, config.memory_size), torch.ones(5, dtype=torch.bool)
+    torch.testing.assert_close(adapted(*inputs), doubled(*inputs))
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_the_module_is_attention_over_the_window(tiny_config, window):
+    """Against attention written out, one head and token at a time, with padding and tokens without a region.
+
+    Windows of four entries and of nine take the products in different orders.
+    """
+    torch.manual_seed(0)
+    config = tiny_config(remember_window=window, projector_downsample=2)
     module = VisionRemember(config)
+    module.has_padding = True
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    hidden, memory = torch.randn(5, 32), torch.randn(5, 4, config.memory_size)
+    entries = window**2
+    hidden, memory = torch.randn(5, 32), torch.randn(5, entries, config.memory_size)
+    memory = normalize_memory(memory, config.vision_config.hidden_size)
     memory[1, 2:] = memory[3, :] = 0
     valid = torch.tensor([True, True, True, False, True])
     update, weights = module(hidden, memory, valid)
 
-    levels = torch.cat([module.memory_norm(part) for part in memory.split(32, -1)], -1)
-    query, key, value = module.query(module.query_norm(hidden)), module.key(levels), module.value(levels)
+    query, key, value = module.query(module.query_norm(hidden)), module.key(memory), module.value(memory)
     for token in (0, 1, 2, 4):
-        entries = [i for i in range(4) if memory[token, i].any()]
+        kept = [i for i in range(entries) if memory[token, i].any()]
         heads = []
         for head, part in enumerate((slice(0, 8), slice(8, 16))):
-            scores = key[token, entries, part] @ query[token, part] / 8**0.5 + module.window_bias[head, entries]
-            torch.testing.assert_close(weights[token, head, entries], scores.softmax(0))
-            heads.append(scores.softmax(0) @ value[token, entries, part])
+            scores = key[token, kept, part] @ query[token, part] / 8**0.5 + module.window_bias[head, kept]
+            torch.testing.assert_close(weights[token, head, kept], scores.softmax(0))
+            heads.append(scores.softmax(0) @ value[token, kept, part])
         torch.testing.assert_close(update[token], module.out(torch.cat(heads)))
     assert (weights[1, :, 2:] == 0).all() and (update[3] == 0).all()
 
