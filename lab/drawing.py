@@ -20,6 +20,7 @@ FONTS = (
     "DejaVuSansMono",
     "DejaVuSansMono-Bold",
 )
+MORE_FONTS = ("STIXGeneral", "cmr10", "cmss10")  # not of price lists
 HELD_OUT_FONTS = ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "DejaVuSansMono-Oblique", "STIXGeneralBol", "cmtt10")
 COLOURS = {
     "red": (214, 39, 40),
@@ -104,7 +105,7 @@ class Canvas:
     def __init__(self, rng: np.random.Generator, held_out: bool = False):
         self.rng, self.scale = rng, rng.uniform(1, 3)
         self.paper, self.ink = draw_colours(rng)
-        fonts = HELD_OUT_FONTS if held_out else FONTS
+        fonts = HELD_OUT_FONTS if held_out else FONTS + MORE_FONTS
         self.font_name = fonts[rng.integers(len(fonts))]
         side = round(CANVAS * self.scale)
         self.image, self.labels = Image.new("RGB", (side, side), self.paper), Image.new("L", (side, side), 0)

@@ -6,6 +6,7 @@ from lab.drawing import CANVAS, Canvas, Picture, Turn, phrase
 
 
 MAX_LINES = 3
+UNLIKE = "abcdefghjkmnpqrstuvwxyz23456789"  # no two look the same in some font, as l and 1, or o and 0, do
 TRANSCRIBE = ("Read the text.", "What is written here?", "Read all lines.")
 LINE = ("Read line {number}.", "What does line {number} say?", "What is in line {number}?")
 KINDS = ("transcribe", "line")
@@ -17,7 +18,7 @@ def draw_text(rng: np.random.Generator) -> str:
     if rng.random() < 0.5:
         letters = ("bcdfghjklmnprstvwz", "aeiou")
         return "".join(letters[i % 2][rng.integers(len(letters[i % 2]))] for i in range(length))
-    return "".join("abcdefghijklmnopqrstuvwxyz0123456789"[i] for i in rng.integers(36, size=length))
+    return "".join(UNLIKE[i] for i in rng.integers(len(UNLIKE), size=length))
 
 
 def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:

@@ -45,11 +45,12 @@ def draw_dialogue(rng: np.random.Generator, domain: ModuleType, picture: Picture
 
 
 def sample_texts(seed: int = 0, count: int = 6000) -> Iterator[str]:
-    """Questions and answers of all domains, for a tokenizer to learn from."""
+    """Questions and answers for a tokenizer to learn from. Those of `ocr` are left out: its texts stay characters."""
     for index in range(count):
         rng, domain, picture = draw_sample(seed, index)
-        for turn in draw_dialogue(rng, domain, picture):
-            yield from (turn.question, turn.answer)
+        if domain is not ocr:
+            for turn in draw_dialogue(rng, domain, picture):
+                yield from (turn.question, turn.answer)
 
 
 def draw_sheet(seed: int, held_out: bool) -> Image.Image:
