@@ -769,8 +769,8 @@ def test_stage_1(tmp_path, clip_folder, save_tokenizer):
         convert(folder, tmp_path / "none", vision_tower=clip_folder)
 
 
-@pytest.mark.parametrize("root_of_r", [False, True])
-def test_lora(root_of_r, tmp_path, clip_folder, save_tokenizer):
+@pytest.mark.parametrize(("root_of_r", "ending"), [(False, "bin"), (True, "safetensors")])
+def test_lora(root_of_r, ending, tmp_path, clip_folder, save_tokenizer):
     """Decoder adapted by PEFT itself, the tower by hand; the projector was trained in full."""
     source = make_llava(image_aspect_ratio="pad")
     source.decoder.save_pretrained(tmp_path / "base")
@@ -791,8 +791,11 @@ def test_lora(root_of_r, tmp_path, clip_folder, save_tokenizer):
         name = f"base_model.model.model.vision_tower.vision_tower.vision_model.{place}"
         tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
         source.tower.get_submodule(place).weight.data += scale * (b @ a)
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(tensors, folder / "adapter_model.bin")
+    if ending == "bin":
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
     full = {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in source.projector.items()}
     torch.save(full, folder / "non_lora_trainables.bin")
     flat = {k: v for k, v in source.config.items() if k != "peft_type"}

@@ -15,12 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "examples" / "receipt.png"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-needs_checkpoint = pytest.mark.skipif(
-    not (ROOT / "model.safetensors").is_file(), reason="the folder holds no checkpoint: train it with lab/"
-)
 
 
-@pytest.fixture(params=[pytest.param("root", marks=needs_checkpoint), "tiny"])
+@pytest.fixture(params=["root", "tiny"])
 def folder(request):
     """The root's own checkpoint, and a tiny one with tiles."""
     return ROOT if request.param == "root" else request.getfixturevalue("package")
@@ -181,7 +178,6 @@ def test_a_saved_copy_stands_alone(run, folder, tmp_path):
     assert run(AUTO_CLASSES, copy).split() == names
 
 
-@needs_checkpoint
 def test_the_checkpoint_tells_nothing_of_where_it_was_made():
     for name in ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json"):
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -192,7 +188,6 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@needs_checkpoint
 def test_readme_python(run, tmp_path):
     """The code blocks in their order, in one process, in a folder that looks like this one."""
     home = tmp_path / "home"
@@ -206,7 +201,6 @@ def test_readme_python(run, tmp_path):
     assert (home / "fine-tuned" / "modeling_llava_vr.py").is_file()
 
 
-@needs_checkpoint
 def test_readme_answer(run):
     """The command of README.md prints the answer beside it, which is on the picture."""
     (question,) = re.findall(r'examples/ask\.py examples/receipt\.png "([^"]+)"', README)
