@@ -1,11 +1,13 @@
 """LLaVA-VR as an importable package: the classes that the Hub folder's `auto_map` names."""
 
+from .collator_llava_vr import LlavaVrCollator
 from .configuration_llava_vr import LlavaVrConfig
 from .modeling_llava_vr import LlavaVrForConditionalGeneration, LlavaVrModel, LlavaVrPreTrainedModel
 from .processing_llava_vr import LlavaVrProcessor
 
 
 __all__ = [
+    "LlavaVrCollator",
     "LlavaVrConfig",
     "LlavaVrForConditionalGeneration",
     "LlavaVrModel",

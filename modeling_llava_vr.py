@@ -5,6 +5,7 @@ Read in this order: `VisionRemember`, the paper's module; `RememberHook`, which 
 Paper: Vision Remember, arXiv 2506.03928.
 """
 
+import copy
 import dataclasses
 import math
 from collections import OrderedDict
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -376,6 +379,11 @@ PROJECTORS = {
 }
 
 
+# What bitsandbytes leaves in full precision by default; the names of both classes, as `LlavaVrModel`'s lack "model."
+VISION_PARTS = ("vision_tower", "multi_modal_projector", "vision_remember")
+UNQUANTIZED = [*VISION_PARTS, *(f"model.{part}" for part in VISION_PARTS), "lm_head"]
+
+
 class VisionRemember(nn.Module):
     """Saliency-enhancing local attention: a vision token's hidden state attends to its own window of the memory.
 
@@ -481,6 +489,11 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self):
+        super().post_init()
+        classes = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = classes.intersection(self._no_split_modules)  # accelerate's FSDP2 wants each to exist
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -508,7 +521,14 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        quantization = kwargs.get("quantization_config")
+        if getattr(quantization, "llm_int8_skip_modules", ()) is None:  # bitsandbytes, and no names are given
+            kwargs["quantization_config"] = quantization = copy.deepcopy(quantization)
+            quantization.llm_int8_skip_modules = UNQUANTIZED
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # its 4-bit weights, once packed, are saved wrong
+                module.support_avx512bf16_for_cpu = False
         missing = [name.split("vision_remember.")[1] for name in info["missing_keys"] if "vision_remember." in name]
         if missing:
             layers = sorted({int(name.split(".")[0]) for name in missing})
@@ -517,6 +537,14 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
                 "new: a new module adds nothing until it is trained. Set remember_layers=[] to leave them out."
             )
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args, **kwargs):
+        current = type(self)  # under FSDP2 a class of torch's, whose code would be saved instead of this file
+        self.__class__ = next(cls for cls in current.__mro__ if not cls.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = current
 
 
 class LlavaVrModel(LlavaVrPreTrainedModel):
@@ -697,15 +725,24 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if pixel_values is not None and len(pixel_values):
             self._check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
             images = self.get_image_features(pixel_values, image_sizes, return_dict=True)
-        mask = None if images is None else self.placeholder_mask(input_ids, inputs_embeds)
+        blank = images is None and self._needs_blank_image(past_key_values)
+        if blank:
+            images = self._blank_image_features()
+        mask = None if images is None or blank else self.placeholder_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         tokens, trace = None, None
         if images is not None:
             tokens = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            index = self._placeholder_index(mask, len(tokens))
-            inputs_embeds = inputs_embeds.flatten(0, 1).index_copy(0, index, tokens).view_as(inputs_embeds)
+            flat = inputs_embeds.flatten(0, 1)
+            if blank:
+                index = torch.zeros(len(tokens), dtype=torch.long, device=flat.device)
+                flat = flat.index_add(0, index, 0 * tokens)
+            else:
+                index = self._placeholder_index(mask, len(tokens))
+                flat = flat.index_copy(0, index, tokens)
+            inputs_embeds = flat.view_as(inputs_embeds)
             if len(self.vision_remember):
                 trace = self._new_trace(output_remember_attentions)
                 kwargs |= self._vision_arguments(images, index, inputs_embeds, trace)
@@ -725,9 +762,9 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=tokens,
+            image_hidden_states=None if blank else tokens,
             remember_attentions=tuple(trace.weights[i] for i in self.config.remember_layers)
-            if trace is not None and output_remember_attentions
+            if trace is not None and output_remember_attentions and not blank
             else None,
         )
 
@@ -738,6 +775,22 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
                 f"The input has {length} tokens, vision tokens included, but the decoder's context "
                 f"(text_config.max_position_embeddings) is {limit}: shorten the text or pass fewer images."
             )
+
+    def _needs_blank_image(self, past_key_values: Cache | None) -> bool:
+        """Whether the vision side runs even without an image: in training, so that every process at every step has the
+        same gradients; under FSDP and ZeRO-3 always, as processes wait for each other to gather its weights."""
+        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        return not decoding and (self.training or is_fsdp_managed_module(self) or is_deepspeed_zero3_enabled())
+
+    def _blank_image_features(self) -> LlavaVrImageFeatures:
+        """One blank image, whose tokens are nowhere in the input: none of them is valid, so no module adds anything."""
+        layout, side = self.config.image_layout, self.config.vision_config.image_size
+        tiles = [layout.num_tiles((side, side))] if layout.pinpoints else []
+        pixels = torch.zeros(1, *tiles, 3, side, side, device=self.get_input_embeddings().weight.device)
+        images = self.get_image_features(pixels, torch.tensor([[side, side]]), return_dict=True)
+        if images.deepstack_features is not None:
+            images.deepstack_features = [[F.pad(rows[:, :-1], (0, 1)) for rows in images.deepstack_features[0]]]
+        return images
 
     def _placeholder_index(self, mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Flat positions of the placeholders, `(num_tokens,)`."""

@@ -522,6 +522,22 @@ def test_compiled_decoder_equals_eager(config, model, make_inputs):
         torch.testing.assert_close(compiled(**inputs).logits, eager, rtol=0, atol=1e-5)
 
 
+def test_text_alone_in_training_gives_zero_gradients_and_the_same_logits(config, model, make_inputs):
+    """So that processes with images and without agree; in evaluation the vision side is not run."""
+    trained, inputs, calls = copy.deepcopy(model), make_inputs(config, MIXED[:1]), []
+    trained.model.vision_tower.register_forward_hook(lambda *_: calls.append(trained.training))
+    expected = trained(**inputs).logits
+    outputs = trained.train()(**inputs, labels=inputs["input_ids"], output_remember_attentions=True)
+    assert calls == [True] and torch.equal(outputs.logits, expected)
+    assert outputs.image_hidden_states is None and outputs.remember_attentions is None
+    outputs.loss.backward()
+    for name, parameter in trained.model.named_parameters():
+        if name.startswith(("multi_modal_projector", "vision_remember", "image_newline")):
+            assert parameter.grad is not None and not parameter.grad.any(), name
+    trained.requires_grad_(False).model.vision_remember.requires_grad_(True)
+    trained(**inputs, labels=inputs["input_ids"]).loss.backward()  # nothing else to learn: no error
+
+
 # -------------------------------------------------------------------------------------------- saving, loading, resizing
 
 

@@ -1,0 +1,126 @@
+"""What bitsandbytes costs and saves: exact match of a checkpoint as it is, in NF4 and in int8; memory of a 2B model.
+
+The answers are to drawn price lists that training never saw, one question of each kind about each, in one run. The
+memory of weights is counted to the byte from the shapes of `LlavaVrConfig()` on the meta device; the same count stands
+beside the bytes that the quantized checkpoint really holds.
+
+    python benchmarks/quantization.py                          # about ten minutes on two cores
+    python benchmarks/quantization.py --n 20 --output benchmarks/quantization.json
+"""
+
+import argparse
+import json
+import math
+import platform
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from lab.evaluate import Case, draw_cases, exact_match, measure
+from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
+
+
+ROOT = Path(__file__).resolve().parents[1]
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+QUANTIZATIONS = {
+    "as it is": None,
+    "NF4": BitsAndBytesConfig(**NF4),
+    "NF4, double": BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+def share_right(model, processor, cases: list[Case], batch_size: int) -> float:
+    """The share of questions that are answered to the letter."""
+    right, _ = measure(model, processor, cases, batch_size)
+    return exact_match(right)["receipt"]["all"]
+
+
+def counted_bytes(model, kind: str) -> int:
+    """Bytes of an unquantized model's weights once its decoder's linear layers are quantized.
+
+    NF4 keeps half a byte a weight, a table of 16 values and a 4-byte scale for each block of 64. Twice quantized, a
+    scale is one byte, and each 256 scales have a 4-byte scale of their own; a table of 256 values and an offset are
+    added. int8 keeps a byte a weight and a 4-byte scale for each row.
+    """
+    quantized, total = set(), 0
+    for module in model.model.language_model.modules():
+        if isinstance(module, torch.nn.Linear) and kind != "as it is":
+            quantized.add(module.weight)
+            rows, size = module.weight.shape[0], module.weight.numel()
+            if kind == "int8":
+                total += size + 4 * rows
+            else:
+                blocks = math.ceil(size / 64)
+                double = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4
+                total += math.ceil(size / 2) + 4 * 16 + (double if "double" in kind else 4 * blocks)
+    return total + sum(p.numel() * p.element_size() for p in model.parameters() if p not in quantized)
+
+
+def held_bytes(model) -> int:
+    """Bytes of a model's weights and of what bitsandbytes keeps beside them."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            tensors = [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.state2.absmax, state.state2.code, state.offset]
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            total += (module.weight.SCB if module.weight.SCB is not None else module.state.SCB).nbytes
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT), help="checkpoint folder (default: the root's)")
+    parser.add_argument("--n", type=int, default=300, help="pictures (default 300, each with seven questions)")
+    parser.add_argument("--seed", type=int, default=99, help="stream of test pictures (default 99)")
+    parser.add_argument("--batch-size", type=int, default=70)
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON, and as .md beside it")
+    args = parser.parse_args()
+
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    with torch.device("meta"):
+        large = LlavaVrForConditionalGeneration(LlavaVrConfig()).to(torch.bfloat16)
+    cases = list(draw_cases(args.seed, args.n, False, ("receipt",)))
+    runs, plain = {}, None
+    for kind, options in QUANTIZATIONS.items():
+        model = AutoModelForImageTextToText.from_pretrained(
+            args.model, trust_remote_code=True, quantization_config=options
+        ).eval()
+        plain = plain or model
+        runs[kind] = {
+            "exact": share_right(model, processor, cases, args.batch_size),
+            "bytes": held_bytes(model),
+            "bytes_counted": counted_bytes(plain, kind),
+            "bytes_of_2b": counted_bytes(large, kind),
+        }
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {model.device}",
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, bnb)},
+        "pictures": args.n,
+        "questions": len(cases),
+        "seed": args.seed,
+        "parameters_of_2b": sum(parameter.numel() for parameter in large.parameters()),
+        "runs": runs,
+    }
+    lines = ["| decoder | exact match | weights of the checkpoint | weights of `LlavaVrConfig()`, the rest in bf16 |"]
+    lines.append("|---|---|---|---|")
+    for kind, run in runs.items():
+        sizes = f"{run['bytes'] / 2**20:.1f} MiB | {run['bytes_of_2b'] / 2**30:.2f} GiB"
+        lines.append(f"| {kind} | {run['exact']:.1%} | {sizes} |")
+    print("\n".join(lines))
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

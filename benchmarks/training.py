@@ -1,0 +1,205 @@
+"""What Vision Remember costs in training: steps per second and peak memory of each stage of examples/finetune.py, with
+the modules and without; and how long a step waits for its data with two workers.
+
+One tile of 336 x 336 pixels becomes 144 vision tokens (4-to-1), four modules stand in the decoder, weights are random.
+The tower is frozen. The two models take turns on the same batch. Memory is the peak of a process of its own that trains
+for two steps.
+
+    python benchmarks/training.py                                        # a small model, a few minutes on two cores
+    python benchmarks/training.py --size 0.5b --steps 5 --output benchmarks/training.json
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import runpy
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, Qwen2Config
+
+from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
+
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("projector", "projector+remember", "lora", "full")
+SIZES = {  # of the decoder (see NAMES), of the tower, width of the modules
+    "small": ((256, 1024, 8, 4, 4), (128, 512, 6, 4), 128),
+    "0.5b": ((896, 4864, 24, 14, 2), (1024, 4096, 24, 16), 512),
+}
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+class Chats(Dataset):
+    """Pictures of noise, each with a question and an answer of forty words."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        pixels = np.random.default_rng(index).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+        content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": "What is it?"}]
+        answer = {"role": "assistant", "content": "bread " * 40}
+        return {"messages": [{"role": "user", "content": content}, answer]}
+
+
+def make_config(size: str, layers: list[int] | None) -> LlavaVrConfig:
+    text, vision, width = SIZES[size]
+    return LlavaVrConfig(
+        vision_config=CLIPVisionConfig(**dict(zip(NAMES, vision)), image_size=336, patch_size=14),
+        text_config=Qwen2Config(**dict(zip(NAMES, text)), vocab_size=151936 if size == "0.5b" else 1024),
+        image_token_id=make_tokenizer().convert_tokens_to_ids("<image>"),
+        image_aspect_ratio="square",
+        image_merge_type="flat",
+        projector_downsample=2,
+        remember_layers=layers,
+        remember_hidden_size=width,
+        remember_num_heads=8,
+    )
+
+
+def make_tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
+
+
+def make_collator() -> LlavaVrCollator:
+    tile = {"height": 336, "width": 336}
+    processor = LlavaVrProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=tile),
+        make_tokenizer(),
+        chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
+        patch_size=14,
+        projector_downsample=2,
+        image_aspect_ratio="square",
+        image_merge_type="flat",
+    )
+    return LlavaVrCollator(processor, max_length=2048)
+
+
+class Training:
+    """A model of one stage and its optimizer; calling it takes a step."""
+
+    def __init__(self, size: str, stage: str, layers: list[int] | None, device: str):
+        torch.manual_seed(0)
+        model = LlavaVrForConditionalGeneration(make_config(size, layers))
+        set_stage = runpy.run_path(str(ROOT / "examples" / "finetune.py"))["set_stage"]
+        self.model, self.device = set_stage(model, stage, frozen=("vision_tower",)).to(device).train(), device
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> float:
+        """Seconds of one step."""
+        start = time.perf_counter()
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        self.model(**batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def peak_bytes(size: str, stage: str, layers: list[int] | None, device: str, batch_size: int) -> int:
+    """Run in a process of its own: its peak memory, of the GPU if there is one."""
+    training, batch = Training(size, stage, layers, device), make_collator()([Chats(1)[0]] * batch_size)
+    for _ in range(2):
+        training(batch)
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()  # not getrusage, which begins with the parent's peak
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+
+
+def in_a_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(stage: str, args) -> dict:
+    """Steps of both models in turn, after one to warm up, and the peak memory of each."""
+    variants = {"with": None, "without": []}
+    trainings = {name: Training(args.size, stage, layers, args.device) for name, layers in variants.items()}
+    batch = make_collator()([Chats(args.batch_size)[i] for i in range(args.batch_size)])
+    seconds = {name: [] for name in variants}
+    for step in tqdm(range(args.steps + 1), desc=stage):
+        for name in variants if step % 2 else reversed(variants):
+            duration = trainings[name](batch)
+            if step:
+                seconds[name].append(duration)
+    del trainings
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    memory = {
+        name: in_a_process(peak_bytes, args.size, stage, layers, args.device, args.batch_size)
+        for name, layers in variants.items()
+    }
+    return {
+        "stage": stage,
+        "steps_per_second": {name: 1 / value for name, value in medians.items()},
+        "time_ratio": medians["with"] / medians["without"],
+        "peak_bytes": memory,
+        "memory_ratio": memory["with"] / memory["without"],
+    }
+
+
+def waiting_share(args) -> float:
+    """The share of a training's time that passes before its next batch is there, with two workers."""
+    training = Training(args.size, "full", None, args.device)
+    chats = Chats((args.steps + 2) * args.batch_size)
+    loader = iter(DataLoader(chats, args.batch_size, collate_fn=make_collator(), num_workers=2))
+    for _ in range(2):  # the workers start, the model warms up
+        training(next(loader))
+    waited = worked = 0.0
+    for _ in tqdm(range(args.steps), desc="two workers"):
+        start = time.perf_counter()
+        batch = next(loader)
+        waited += time.perf_counter() - start
+        worked += training(batch)
+    return waited / (waited + worked)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model (default small)")
+    parser.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="default: all four")
+    parser.add_argument("--steps", type=int, default=15, help="of each model and stage (default 15)")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON, and as .md beside it")
+    args = parser.parse_args()
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "size": args.size,
+        "batch_size": args.batch_size,
+        "modules_after_layers": make_config(args.size, None).remember_layers,
+        "stages": [measure(stage, args) for stage in args.stages],
+        "waiting_share": waiting_share(args),
+    }
+    lines = ["| stage | steps a second, without and with | time, with / without | peak memory, with / without |"]
+    lines.append("|---|---|---|---|")
+    for run in result["stages"]:
+        speed = run["steps_per_second"]
+        ratios = f"{run['time_ratio']:.3f} | {run['memory_ratio']:.3f}"
+        lines.append(f"| {run['stage']} | {speed['without']:.2f}, {speed['with']:.2f} | {ratios} |")
+    lines.append(f"\nWaiting for data with two workers: {result['waiting_share']:.1%} of the time.")
+    print("\n".join(lines))
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Chats with images to training batches, with loss on what the assistant says and nowhere else."""
+
+import copy
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+
+SOURCES = ("image", "url", "path", "base64")  # keys under which chat templates take a picture
+
+
+class LlavaVrCollator:
+    """
+    A data collator for rows of chat messages with images, as transformers' chat templates and TRL take them:
+
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+                      {"role": "assistant", "content": "A plum."}],
+         "images": ["plum.png"],
+         "id": "plum-1"}
+
+    A part of type "image" holds its picture itself or, as here, takes the next of the row's `images`. A picture is
+    whatever the processor takes. `id` is optional, and named in errors. A batch may mix rows without images and with.
+
+    Args:
+        processor: a `LlavaVrProcessor` whose chat template marks the assistant's turns with {% generation %}.
+        max_length (`int`, *optional*): most tokens of a row, those of its images included; the tokenizer's
+            `model_max_length` if not given. A row is never cut.
+        too_long (`str`, defaults to `"raise"`): what happens to a row past `max_length`: "raise" or "drop".
+        image_folder (defaults to the working directory): where relative paths of pictures begin.
+    """
+
+    def __init__(
+        self,
+        processor,
+        max_length: int | None = None,
+        too_long: str = "raise",
+        image_folder: str | os.PathLike | None = None,
+    ):
+        if too_long not in ("raise", "drop"):
+            raise ValueError(f"too_long must be 'raise' or 'drop', found {too_long!r}.")
+        self.max_length = processor.tokenizer.model_max_length if max_length is None else max_length
+        self.too_long, self.image_folder = too_long, image_folder
+        self.processor = copy.copy(processor)  # its length is judged here
+        self.processor.tokenizer = copy.copy(processor.tokenizer)
+        self.processor.tokenizer.model_max_length = sys.maxsize
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `input_ids`, `attention_mask` and `labels` `(rows, length)`, padded on the right, labels -100 but for the
+            assistant's tokens; with images `pixel_values` and `image_sizes`, in the order of their placeholders.
+
+        Raises:
+            ValueError: a row has no messages, a picture that cannot be read or is missing or left over, nothing that
+                the assistant says, or more than `max_length` tokens. The row is named by its place and its `id`.
+        """
+        encoded = [self.encode(row, i) for i, row in enumerate(rows)]
+        lengths = [len(row["input_ids"]) for row in encoded]
+        too_long = [i for i, length in enumerate(lengths) if length > self.max_length]
+        if too_long and (self.too_long == "raise" or len(too_long) == len(rows)):
+            i = too_long[0]
+            raise ValueError(
+                f"{_name(rows[i], i)} has {lengths[i]} tokens, those of its images included, and max_length is "
+                f"{self.max_length}: shorten it, raise max_length, or drop it (too_long='drop', which needs a row that "
+                "fits in each batch; `fits` filters a dataset beforehand)."
+            )
+        encoded = [row for row, length in zip(encoded, lengths) if length <= self.max_length]
+
+        def pad(name: str, value: int) -> torch.Tensor:
+            return pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=value)
+
+        batch = {
+            "input_ids": pad("input_ids", self.processor.tokenizer.pad_token_id),
+            "attention_mask": pad("attention_mask", 0),
+            "labels": pad("labels", -100),
+        }
+        pixels = [row["pixel_values"] for row in encoded if "pixel_values" in row]
+        if pixels:
+            if pixels[0].ndim == 5:  # (images, tiles, 3, height, width)
+                tiles = max(images.shape[1] for images in pixels)
+                pixels = [F.pad(images, (0,) * 7 + (tiles - images.shape[1],)) for images in pixels]
+            batch["pixel_values"] = torch.cat(pixels)
+            batch["image_sizes"] = torch.cat([row["image_sizes"] for row in encoded if "image_sizes" in row])
+        return batch
+
+    def fits(self, row: Mapping[str, Any], index: int | None = None) -> bool:
+        """Whether the row has at most `max_length` tokens: for `dataset.filter(collator.fits, with_indices=True)`."""
+        return len(self.encode(row, index)["input_ids"]) <= self.max_length
+
+    def encode(self, row: Mapping[str, Any], index: int | None = None) -> dict[str, torch.Tensor]:
+        """One row's `input_ids`, `attention_mask` and `labels` `(length,)`, and its images. Errors name the row."""
+        try:
+            inputs = self.processor.apply_chat_template(
+                self._messages(row),
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                return_assistant_tokens_mask=True,
+            )
+            ids, spoken = inputs["input_ids"][0], torch.as_tensor(inputs["assistant_masks"])[0].bool()
+            if not spoken.any():
+                raise ValueError(
+                    "all labels are masked: no message is the assistant's, all of them are empty, or the chat template "
+                    "does not mark what the assistant says with {% generation %}."
+                )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{_name(row, index)}: {error}") from error
+        images = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+        labels = ids.masked_fill(~spoken, -100)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **images}
+
+    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row's messages, each image part with its picture."""
+        if not row.get("messages"):
+            raise ValueError("messages is empty or missing: a row is {'messages': [...]}, with 'images' if need be.")
+        images, wanted = list(row.get("images") or []), 0
+
+        def fill(part: Mapping[str, Any]) -> dict[str, Any]:
+            nonlocal wanted
+            part = {key: value for key, value in part.items() if value is not None}  # datasets fill gaps with None
+            if part.get("type") != "image":
+                return part
+            source = next((part[key] for key in SOURCES if key in part), None)
+            if source is None:
+                wanted += 1
+                source = images[wanted - 1] if wanted <= len(images) else None
+            return {"type": "image", "image": self._locate(source)}
+
+        messages = [
+            {**message, "content": content if isinstance(content, str) else [fill(part) for part in content or []]}
+            for message in row["messages"]
+            for content in [message.get("content")]
+        ]
+        if wanted != len(images):
+            raise ValueError(
+                f"the content has {wanted} image parts without a picture of their own, but images has {len(images)}: "
+                "give one for each."
+            )
+        return messages
+
+    def _locate(self, source):
+        is_path = isinstance(source, (str, os.PathLike)) and self.image_folder is not None
+        if is_path and os.path.exists(path := os.path.join(self.image_folder, source)):
+            return path
+        return source
+
+
+def _name(row: Mapping[str, Any], index: int | None) -> str:
+    name = "row" if index is None else f"row {index}"
+    return name if row.get("id") is None else f"{name} (id {row['id']!r})"
+
+
+__all__ = ["LlavaVrCollator"]

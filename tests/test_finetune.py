@@ -1,0 +1,283 @@
+"""examples/finetune.py and what it builds on: stages, PEFT, checkpoints, resuming, other trainers, bad data."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava_vr import LlavaVrCollator
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "finetune.py"
+WHOLE = ("vision_tower", "multi_modal_projector", "image_newline", "vision_remember", "language_model", "lm_head")
+TRAINED = {
+    "projector": WHOLE[1:3],
+    "projector+remember": WHOLE[1:4],
+    "lora": ("multi_modal_projector", "vision_remember", "language_model"),
+    "full": WHOLE,
+}
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve rows: without an image, with one and with two, in turn."""
+    folder, lines = tmp_path_factory.mktemp("data"), []
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        names = [f"{i}-{j}.png" for j in range(i % 3)]
+        for name in names:
+            size = (*rng.integers(20, 90, 2), 3)
+            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / name)
+        content = [{"type": "image"} for _ in names] + [{"type": "text", "text": f"question {i}?"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"answer {i}"}]
+        lines.append(json.dumps({"messages": messages, "images": names}))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    return folder / "train.jsonl"
+
+
+@pytest.fixture
+def train(finetune, package, data, monkeypatch):
+    """`train(output, *options)`: the script's main function, on the tiny package."""
+
+    def run(output: Path, *options, source: Path = data, model: Path = package):
+        options = ["--per_device_train_batch_size", 4, "--learning_rate", 0.01, "--use_cpu", "true", *options]
+        command = [SCRIPT, source, "--output", output, "--model", model, *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        finetune.main()
+
+    return run
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def batch_of(folder, data):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    rows = [json.loads(line) for line in data.read_text().splitlines()[:3]]
+    return LlavaVrCollator(processor, image_folder=data.parent)(rows)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in TRAINED if stage != "lora"])
+def test_a_stage_trains_its_parts(train, package, tmp_path, capsys, stage):
+    train(tmp_path / "out", "--stage", stage, "--max_steps", 2, "--save_steps", 1)
+    before, after = load(package).state_dict(), load(tmp_path / "out" / "checkpoint-2").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {part for part in WHOLE if any(part in name for name in changed)} == set(TRAINED[stage])
+    printed = capsys.readouterr().out
+    for part in WHOLE:
+        size = sum(value.numel() for name, value in before.items() if part in name and "position_ids" not in name)
+        assert f"| {part} | {size if part in TRAINED[stage] else 0:,} | {size:,} |" in printed
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        names = {path.name for path in folder.iterdir()}
+        assert {f"{name}_llava_vr.py" for name in ("configuration", "modeling", "processing")} <= names
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert all(torch.equal(value, after[name]) for name, value in load(tmp_path / "out").state_dict().items())
+
+
+FRESH = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+torch.set_num_threads(1)
+base, adapter, case = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True)
+model = PeftModel.from_pretrained(model, adapter).eval()
+inputs, logits, answers, prompt = torch.load(case)
+with torch.no_grad():
+    assert torch.equal(model(**inputs).logits, logits)
+assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), answers)
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "siglip and qwen2"])
+def test_lora_is_saved_reloaded_and_merged(finetune, package, tiny_config, make_model, data, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    base = package
+    if kind != "llama":
+        base = tmp_path / "base"
+        make_model(tiny_config("siglip")).save_pretrained(base)
+    model = finetune.set_stage(load(base), "lora", rank=4).eval()
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(adapted) == 14 and all("language_model.layers" in name for name in adapted)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as if it were trained
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    inputs = {key: value for key, value in batch_of(package, data).items() if key != "labels"}
+    prompt = {key: inputs[key][:1, :12] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    answers = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        assert not torch.allclose(logits, load(base)(**inputs).logits, atol=1e-2)
+
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save((inputs, logits, answers, prompt), tmp_path / "case.pt")
+    arguments = [base, tmp_path / "adapter", tmp_path / "case.pt"]
+    done = subprocess.run([sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    merged = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "merged")(**inputs).logits, logits, rtol=0, atol=1e-5)
+
+
+def test_the_lora_stage(train, package, data, tmp_path, capsys):
+    train(tmp_path / "out", "--stage", "lora", "--rank", 2, "--merge", tmp_path / "merged", "--max_steps", 2)
+    merged, before = load(tmp_path / "merged").state_dict(), load(package).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert {part for part in WHOLE if any(part in name for name in changed)} == set(TRAINED["lora"])
+    sizes = {part: sum(v.numel() for name, v in before.items() if part in name) for part in TRAINED["lora"]}
+    printed = capsys.readouterr().out
+    for part in ("multi_modal_projector", "vision_remember"):
+        assert f"| {part} | {sizes[part]:,} | {sizes[part]:,} |" in printed
+    lora = sum(2 * sum(value.shape) for name, value in before.items() if re.search("language_model.*_proj", name))
+    assert f"| language_model | {lora:,} | {sizes['language_model'] + lora:,} |" in printed
+    peft = pytest.importorskip("peft")
+    adapted, inputs = peft.PeftModel.from_pretrained(load(package), tmp_path / "out"), batch_of(package, data)
+    with torch.no_grad():
+        expected = load(tmp_path / "merged")(**inputs).logits
+        torch.testing.assert_close(adapted.eval()(**inputs).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["full", "lora"])
+def test_resumed_training_goes_on_as_if_never_interrupted(train, tmp_path, stage):
+    options = ["--stage", stage, "--max_steps", 6, "--save_steps", 2, "--logging_steps", 1, "--save_total_limit", 9]
+    train(tmp_path / "whole", *options)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")  # all that is left
+    train(tmp_path / "resumed", *options, "--resume")
+
+    def losses(name):
+        return [entry["loss"] for entry in json.loads((tmp_path / name / "log.json").read_text()) if "loss" in entry]
+
+    assert len(set(losses("whole"))) == 6
+    assert losses("resumed") == losses("whole")
+
+
+def test_quantized_stages(train, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    train(tmp_path / "out", "--stage", "lora", "--quantize", "nf4", "--max_steps", 2)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    with pytest.raises(SystemExit):
+        train(tmp_path / "no", "--stage", "full", "--quantize", "nf4")
+    assert "cannot be trained" in capsys.readouterr().err
+
+
+def test_bad_data_is_named(train, data, tmp_path):
+    lines = data.read_text().splitlines()
+    bad = data.parent / "bad.jsonl"
+    bad.write_text("\n".join([*lines[:2], lines[1].replace("1-0.png", "gone.png")]))
+    with pytest.raises(ValueError, match=r"\(id 'bad.jsonl:3'\): .*gone.png"):
+        train(tmp_path / "out", "--max_steps", 1, source=bad)
+    bad.write_text("\n".join([*lines[:2], "{"]))
+    with pytest.raises(ValueError, match="bad.jsonl, line 3 is no JSON object"):
+        train(tmp_path / "out", source=bad)
+    with pytest.raises(ValueError, match=r"'train.jsonl:\d+'\) has \d+ tokens.*max_length is 10"):
+        train(tmp_path / "out", "--max_steps", 1, "--max-length", 10)
+
+
+def test_long_rows_are_left_out(train, data, tmp_path, capsys):
+    lines = data.read_text().splitlines()
+    long = data.parent / "long.jsonl"
+    long.write_text("\n".join([*lines, lines[1].replace("question", "question" * 100)]))
+    train(tmp_path / "out", "--max_steps", 1, "--max-length", 500, "--too-long", "drop", source=long)
+    assert "1 of 13 rows" in capsys.readouterr().out
+
+
+def test_a_frozen_everything_is_refused(train, tmp_path, capsys):
+    frozen = ("multi_modal_projector", "image_newline")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "out", "--stage", "projector", "--freeze", *frozen)
+    assert "leaves nothing to train" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(tmp_path / "out", "--merge", tmp_path / "merged")
+    assert "--merge goes with --stage lora" in capsys.readouterr().err
+
+
+def test_a_dataset(train, finetune, data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"id": str(i), **json.loads(line)} for i, line in enumerate(data.read_text().splitlines())]
+    for row in rows:
+        row["images"] = [str(data.parent / name) for name in row["images"]]
+        for message in row["messages"]:  # a column holds one type
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+    dataset = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    dataset.save_to_disk(tmp_path / "dataset")
+    for name, source in {"file": data, "dataset": tmp_path / "dataset"}.items():
+        train(tmp_path / name, "--max_steps", 3, "--logging_steps", 1, source=source)
+    log = {name: json.loads((tmp_path / name / "log.json").read_text()) for name in ("file", "dataset")}
+    assert [entry.get("loss") for entry in log["file"]] == [entry.get("loss") for entry in log["dataset"]]
+
+
+@pytest.mark.parametrize("collator", ["trl's", "ours"])
+def test_trl(package, data, tmp_path, collator):
+    """SFTTrainer takes the model and the processor as they are."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [row for row in rows if row["images"]]
+    for row in rows:
+        row["images"] = [Image.open(data.parent / name) for name in row["images"]]
+        for message in row["messages"]:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+    model, processor = load(package), AutoProcessor.from_pretrained(package, trust_remote_code=True)
+    options = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    ours = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    options |= ours if collator == "ours" else {}
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None, **options),
+        data_collator=LlavaVrCollator(processor) if collator == "ours" else None,
+        processing_class=processor,
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_script_explains_itself():
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "examples:" in done.stdout and "accelerate launch" in done.stdout
+
+
+@pytest.mark.skipif(not (ROOT / "model.safetensors").is_file(), reason="the folder holds no checkpoint")
+def test_the_notebook(tmp_path):
+    """The code cells in their order, in one process."""
+    notebook = json.loads((ROOT / "examples" / "finetune.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    script = tmp_path / "notebook.py"
+    script.write_text("\n".join(cells), encoding="utf-8")
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name != "fine-tuned":
+            (tmp_path / entry.name).symlink_to(entry)
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
