@@ -1,6 +1,6 @@
 """Peak memory and time of `convert_weights.py` on a synthetic 2B checkpoint, beside a plain copy of the same bytes.
 
-    python benchmarks/conversion.py [--format bin] [--rounds 3] [--folder DIR]
+    python -m benchmarks.conversion [--format bin] [--rounds 3] [--folder DIR]
 
 The checkpoint has LLaVA's research layout and true dimensions (CLIP-ViT-L/14-336, Qwen2-1.5B), random bfloat16 weights
 in shards of 1 GB; 11 GB of disk are needed. Copy and conversion take turns, in the page cache; the best round counts.
@@ -17,15 +17,13 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.common import SHARD, write_shards
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
 
 
-ROOT = Path(__file__).parents[1]
-SHARD = 10**9  # bytes of a shard, of the source and of the result
 GIB = 2**30
 CHILD = """
 import sys
@@ -55,23 +53,7 @@ def write_checkpoint(folder: Path, suffix: str) -> int:
     with torch.device("meta"):
         state = LlavaVrForConditionalGeneration(config).state_dict()
     state.pop("lm_head.weight")
-    generator, shards, size = torch.Generator().manual_seed(0), [], SHARD
-    for name, tensor in state.items():
-        if size + 2 * tensor.numel() > SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, tensor.shape))
-        size += 2 * tensor.numel()
-    stem, weight_map = {"safetensors": "model", "bin": "pytorch_model"}[suffix], {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05}-of-{len(shards):05}.{suffix}"
-        tensors = {
-            research_name(name): torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            for name, shape in shard
-        }
-        save_file(tensors, folder / file) if suffix == "safetensors" else torch.save(tensors, folder / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_shards({research_name(name): tensor.shape for name, tensor in state.items()}, folder, suffix)
     flat = config.text_config.to_dict() | {
         "model_type": "llava_qwen",
         "architectures": ["LlavaQwenForCausalLM"],

@@ -4,8 +4,8 @@ The answers are to drawn price lists that training never saw, one question of ea
 memory of weights is counted to the byte from the shapes of `LlavaVrConfig()` on the meta device; the same count stands
 beside the bytes that the quantized checkpoint really holds.
 
-    python benchmarks/quantization.py                          # about ten minutes on two cores
-    python benchmarks/quantization.py --n 20 --output benchmarks/quantization.json
+    python -m benchmarks.quantization                          # about ten minutes on two cores
+    python -m benchmarks.quantization --n 20 --output benchmarks/results/cpu/quantization.json
 """
 
 import argparse

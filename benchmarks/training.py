@@ -5,8 +5,8 @@ One tile of 336 x 336 pixels becomes 144 vision tokens (4-to-1), four modules st
 The tower is frozen. The two models take turns on the same batch. Memory is the peak of a process of its own that trains
 for two steps.
 
-    python benchmarks/training.py                                        # a small model, a few minutes on two cores
-    python benchmarks/training.py --size 0.5b --steps 5 --output benchmarks/training.json
+    python -m benchmarks.training                          # a small model, a few minutes on two cores
+    python -m benchmarks.training --size 0.5b --steps 5 --output benchmarks/results/cpu/training.json
 """
 
 import argparse

@@ -27,11 +27,11 @@ def read_config(stage: str) -> dict[str, Any]:
     return json.loads((CONFIGS / f"{stage}.json").read_text())
 
 
-def describe_machine() -> dict[str, str]:
-    """What a result was found on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+def describe_machine(device: str | None = None) -> dict[str, str]:
+    """What a result was found on: `device`, "cpu" or "cuda"; a GPU by default, if there is one."""
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

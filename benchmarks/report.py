@@ -1,0 +1,254 @@
+"""Fills the tables of benchmarks/README.md from the files of results; no figure in them is typed by hand.
+
+python -m benchmarks.report
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, markdown_table, show
+
+
+README = Path(__file__).with_name("README.md")
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+GPU_OPTIONS = "--device cuda --scale full"
+COMMANDS = {
+    "module": (
+        "python -m benchmarks.module",
+        "the module alone beside other ways to do the same: time, memory, operations, distance from the ceiling",
+    ),
+    "prefill": (
+        "python -m benchmarks.prefill",
+        "whole models: encoding, prefill, first token, decode step, memory, cache; with, without, and the peers",
+    ),
+    "prefill-compiled": (
+        "python -m benchmarks.prefill --compile",
+        "with the modules and without, on compiled decoders",
+    ),
+    "loading": (
+        "python -m benchmarks.loading --scale full",
+        "`from_pretrained` beside reading the file; processing of images beside transformers'",
+    ),
+    "training": ("python -m benchmarks.training", "a training step of each stage, with the modules and without"),
+    "quantization": ("python -m benchmarks.quantization", "answers and memory in NF4 and int8 beside full precision"),
+    "conversion": ("python -m benchmarks.conversion", "`convert_weights.py` on a 2B checkpoint beside a plain copy"),
+    "report": ("python -m benchmarks.report", "the tables of this file"),
+}
+
+
+@dataclass
+class Figure:
+    """A figure with its bar.
+
+    Args:
+        name: what it is; a ratio is always ours over the other.
+        limit: the bar: at most this.
+        file: of results, without its ending.
+        value: from the file's content, the median and its quartiles or one number; None if it was not measured.
+        devices: where the bar counts.
+    """
+
+    name: str
+    limit: float
+    file: str
+    value: Callable[[dict[str, Any]], list[float] | float | None]
+    devices: tuple[str, ...] = tuple(DEVICES)
+
+
+def of_module(
+    direction: str, name: str, window: int, ratio: Callable[[dict, dict], Any]
+) -> Callable[[dict[str, Any]], Any]:
+    """A figure of two rows of the module's table at 5 tiles: ours and that of this name."""
+
+    def value(result: dict[str, Any]) -> Any:
+        for group in result["groups"]:
+            if (group["tiles"], group["window"]) == (5, window):
+                return ratio(group[direction]["ours"], group[direction][name])
+
+    return value
+
+
+def time_ratio(ours: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    return other["ours_over"]
+
+
+def memory_ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
+    return ours["extra_bytes"] / other["extra_bytes"]
+
+
+def line(window: int) -> Callable[[dict[str, Any]], float | None]:
+    def value(result: dict[str, Any]) -> float | None:
+        for found in result["lines"]:
+            if found["window"] == window and {1, 10} <= set(found["tiles"]):
+                return found["deviation"]
+
+    return value
+
+
+def worst(
+    name: str, ratio: Callable[[dict, dict], Any], tiles: int | None = None
+) -> Callable[[dict[str, Any]], list[float] | float | None]:
+    """The highest ratio of ours to the model of this name, over all cases (of so many tiles)."""
+
+    def value(result: dict[str, Any]) -> list[float] | float | None:
+        found = [
+            ratio(case["models"]["ours"], case["models"][name])
+            for case in result["cases"]
+            if tiles in (None, case["tiles"]) and case["models"].get(name, {}).get("fits", name in case["models"])
+        ]
+        return max(found, default=None)
+
+    return value
+
+
+def stage_ratio(stage: str) -> Callable[[dict, dict], list[float]]:
+    return lambda ours, other: other[stage]["ours_over"]
+
+
+def cache_ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
+    return ours["image_cache_bytes"] / other["image_cache_bytes"]
+
+
+FIGURES = [
+    *(
+        Figure(
+            f"module over global cross attention ({kind}), 5 tiles, {window} entries: {what}",
+            limit,
+            "module",
+            of_module("forward", f"global ({kind})", window, ratio),
+        )
+        for what, limit, ratio in (("time", 0.2, time_ratio), ("extra memory", 0.1, memory_ratio))
+        for kind in ("fused", "eager")
+        for window in (4, 16)
+    ),
+    *(
+        Figure(
+            f"module over {name}, 5 tiles, {window} entries: {way}",
+            0.5,
+            "module",
+            of_module(direction, name, window, time_ratio),
+        )
+        for name in ("SVA", "SVA layer")
+        for direction, way in (("forward", "forward"), ("backward", "forward and backward"))
+        for window in (4, 16)
+    ),
+    *(
+        Figure(
+            f"module over a decoder layer, 5 tiles, {window} entries",
+            0.6,
+            "module",
+            of_module("forward", "decoder layer", window, time_ratio),
+        )
+        for window in (4, 16)
+    ),
+    *(
+        Figure(f"linearity, 1 to 10 tiles, {window} entries: off the line", 0.05, "module", line(window))
+        for window in (4, 16)
+    ),
+    Figure("prefill with four modules over none, eager", 1.12, "prefill", worst("off", stage_ratio("prefill"))),
+    Figure(
+        "prefill with four modules over none, compiled",
+        1.08,
+        "prefill-compiled",
+        worst("off", stage_ratio("prefill")),
+        ("cuda",),
+    ),
+    Figure("decode step with over without", 1.01, "prefill", worst("off", stage_ratio("decode step"))),
+    Figure(
+        "first token over the same backbones uncompressed, 5 tiles",
+        0.5,
+        "prefill",
+        worst("uncompressed", stage_ratio("first token"), 5),
+    ),
+    Figure(
+        "image's part of the cache over the same uncompressed, 5 tiles",
+        0.25,
+        "prefill",
+        worst("uncompressed", cache_ratio, 5),
+    ),
+    Figure(
+        "first token over DeepSeek-VL-7B",
+        1 / 3,
+        "prefill",
+        worst("DeepSeek-VL-7B", stage_ratio("first token")),
+        ("cuda",),
+    ),
+    Figure("loading: peak memory over the weights", 1.1, "loading", lambda r: r["loading"]["peak_over_file"], ("cpu",)),
+]
+
+
+def load(device: str, file: str, results: Path) -> dict[str, Any] | None:
+    path = results / device / f"{file}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def cell(figure: Figure, device: str, results: Path) -> str:
+    if device not in figure.devices:
+        return ""
+    result = load(device, figure.file, results)
+    value = None if result is None else figure.value(result)
+    if value is None:
+        return "open"
+    median, text = (value[0], show(value)) if isinstance(value, list) else (value, f"{value:.3g}")
+    sibling = ", 0.5B sibling" if figure.file != "module" and result["scale"] == "small" else ""
+    return f"{text}, {'holds' if median <= figure.limit else 'missed'}{sibling}"
+
+
+def command(file: str, device: str) -> str:
+    on_gpu = device == "cuda" and file != "loading"
+    pieces = " --minutes 8" if on_gpu and file.startswith("prefill") else ""
+    return f"`{COMMANDS[file][0]}{f' {GPU_OPTIONS}{pieces}' if on_gpu else ''}`"
+
+
+def bars(results: Path) -> str:
+    header = ["figure", "at most", *DEVICES.values(), "command where open"]
+    rows = []
+    for figure in FIGURES:
+        cells = {device: cell(figure, device, results) for device in DEVICES}
+        missing = [command(figure.file, device) for device, text in cells.items() if text == "open"]
+        rows.append([figure.name, f"{figure.limit:.3g}", *cells.values(), ", ".join(missing)])
+    return markdown_table(header, rows)
+
+
+def commands(results: Path) -> str:
+    rows = []
+    for file, (text, what) in COMMANDS.items():
+        found = {name: load(device, file, results) for device, name in DEVICES.items()}
+        times = [
+            f"{result['seconds'] / 60:.0f} min ({name}, {result['scale']})" for name, result in found.items() if result
+        ]
+        rows.append([f"`{text}`", what, ", ".join(times)])
+    return markdown_table(["command", "what it measures", "time it took"], rows)
+
+
+def machines(results: Path) -> str:
+    lines = []
+    for device, name in DEVICES.items():
+        for file in COMMANDS:
+            if result := load(device, file, results):
+                facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+                lines.append(f"- {name}, {file}: {facts}; scale {result['scale']}.\n")
+    return "".join(lines)
+
+
+def fill(text: str, results: Path) -> str:
+    """The text with what stands between the marks of each part written anew."""
+    for part in (commands, bars, machines):
+        mark = part.__name__
+        pattern = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"
+        text, count = re.subn(pattern, lambda m, part=part: m[1] + part(results) + m[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{README} must hold the marks of {mark!r} once, found {count}")
+    return text
+
+
+def main() -> None:
+    README.write_text(fill(README.read_text(), RESULTS))
+
+
+if __name__ == "__main__":
+    main()
