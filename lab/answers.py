@@ -12,13 +12,13 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset
 
 from lab.arms import ARMS, UPPER, Arm, make_model
-from lab.drawing import pixels
-from lab.nano import ASSISTANT, END, IMAGE, USER, make_processor
+from lab.dialogues import Dialogues
+from lab.drawing import Turn
+from lab.nano import make_processor
 from lab.samples import draw_dialogue, draw_sample, sample_texts
 from lab.training import add_options, deadline_of, read_config, train
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
@@ -32,46 +32,14 @@ def all_texts() -> tuple[str, ...]:
     return tuple(sample_texts())
 
 
+def draw_turns(index: int) -> tuple[Image.Image, list[Turn]]:
+    """A picture of training and a dialogue about it."""
+    rng, domain, picture = draw_sample(DATA_SEED, index)
+    return picture.image, draw_dialogue(rng, domain, picture)
+
+
 def processor_of(arm: Arm) -> LlavaVrProcessor:
     return make_processor(all_texts(), arm.downsample)
-
-
-class Dialogues(Dataset):
-    """Dialogues about drawn pictures, of the length of a training run; the loss is taken on the answers."""
-
-    def __init__(self, processor: LlavaVrProcessor, seed: int, length: int):
-        self.tokenizer, self.seed, self.length = processor.tokenizer, seed, length
-        self.image = IMAGE * processor.image_layout.num_tokens(None)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng, domain, picture = draw_sample(self.seed, index)
-        parts = []
-        for turn in draw_dialogue(rng, domain, picture):
-            parts += [f"{USER}{self.image if not parts else ''}{turn.question}{END}{ASSISTANT}", f"{turn.answer}{END}"]
-        pieces = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
-        labels = [token if number % 2 else -100 for number, piece in enumerate(pieces) for token in piece]
-        return {
-            "input_ids": torch.tensor(sum(pieces, [])),
-            "labels": torch.tensor(labels),
-            "pixel_values": torch.from_numpy(pixels(picture.image)),
-        }
-
-    def collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pads on the right."""
-
-        def pad(name: str, value: int) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
-
-        input_ids = pad("input_ids", self.tokenizer.pad_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != self.tokenizer.pad_token_id).long(),
-            "labels": pad("labels", -100),
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        }
 
 
 def train_arm(
@@ -93,7 +61,7 @@ def train_arm(
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         return model, json.loads((folder / "log.json").read_text())
     settings = read_config("upper" if arm == UPPER else "compressed")[scale]
-    data = Dialogues(processor, DATA_SEED, settings["max_steps"] * settings["per_device_train_batch_size"])
+    data = Dialogues(processor, draw_turns, settings["max_steps"] * settings["per_device_train_batch_size"])
     log = train(model, data, folder / "checkpoints", settings, seed, deadline, data_collator=data.collate)
     if log is None:
         return None

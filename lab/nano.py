@@ -1,15 +1,15 @@
-"""The nano model's parts: tokenizer, chat template, processor, configuration and the model around a trained tower."""
+"""What every model of the lab has around it: tokenizer, chat template, processor, and the folder it is saved to."""
 
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
+from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from lab.drawing import CANVAS, generator
 from lab.receipts import KINDS, ask, draw_rows
-from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
+from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 PAD, END, SYSTEM, USER, ASSISTANT, IMAGE = SPECIAL_TOKENS = (
@@ -94,52 +94,6 @@ def make_processor(texts: Iterable[str], downsample: int = 3) -> LlavaVrProcesso
         image_aspect_ratio="pad",
         image_merge_type="flat",
     )
-
-
-def make_model(tower: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaVrForConditionalGeneration:
-    """A fresh decoder, projector and Vision Remember modules around the trained tower, which is frozen."""
-    vision_tower = CLIPVisionModel.from_pretrained(tower)
-    vision_tower.config._name_or_path = ""
-    text_config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config = LlavaVrConfig(
-        vision_config=vision_tower.config,
-        text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        projector_type="avg_pool",
-        projector_downsample=3,
-        vision_feature_layer=-1,
-        remember_feature_layers=[2, 4, 6],
-        remember_layers=[0, 1, 2],
-        remember_hidden_size=128,
-        remember_num_heads=8,
-        image_aspect_ratio="pad",
-        image_merge_type="flat",
-    )
-    model = LlavaVrForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    model.model.vision_tower.requires_grad_(False).eval()
-    for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
-        part.set_attn_implementation("eager")
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        suppress_tokens=[config.image_token_id],  # an answer never holds a placeholder
-        max_new_tokens=64,
-    )
-    return model
 
 
 def save(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, folder: Path) -> None:

@@ -8,18 +8,19 @@ The output is a complete checkpoint folder with processor and code.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
+from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from lab.drawing import Turn, generator, pixels
+from lab.arms import Arm, make_model
+from lab.dialogues import Dialogues
+from lab.drawing import Turn, generator
 from lab.muon import MuonAdamW
-from lab.nano import ASSISTANT, END, IMAGE, USER, make_model, make_processor, receipt_texts, save
+from lab.nano import make_processor, receipt_texts, save
 from lab.receipts import KINDS, Row, ask, draw_receipt
-from llava_vr import LlavaVrProcessor
 
 
 TRAIN_SEED, CHECK_SEED = 11, 12
@@ -58,43 +59,11 @@ def draw_looks(rng: np.random.Generator, rows: tuple[Row, ...], count: int, pres
     return [ask(rng, rows, LOOKS[i]) for i in rng.choice(len(LOOKS), count, p=weights / weights.sum())]
 
 
-class Dialogues(Dataset):
-    """Tokenized conversations about pictures, drawn on demand from a seed and an index; loss on the answers only."""
-
-    def __init__(self, processor: LlavaVrProcessor, seed: int, length: int):
-        self.tokenizer, self.seed, self.length = processor.tokenizer, seed, length
-        self.image = IMAGE * processor.image_layout.num_tokens(None)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng = generator(self.seed, index)
-        receipt = draw_receipt(rng)
-        parts = []
-        for turn in draw_dialogue(rng, receipt.rows, step=index // BATCH):
-            parts += [f"{USER}{self.image if not parts else ''}{turn.question}{END}{ASSISTANT}", f"{turn.answer}{END}"]
-        pieces = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
-        labels = [token if number % 2 else -100 for number, piece in enumerate(pieces) for token in piece]
-        return {
-            "input_ids": torch.tensor(sum(pieces, [])),
-            "labels": torch.tensor(labels),
-            "pixel_values": torch.from_numpy(pixels(receipt.image)),
-        }
-
-    def collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pad on the right."""
-
-        def pad(name: str, value: int) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
-
-        input_ids = pad("input_ids", self.tokenizer.pad_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != self.tokenizer.pad_token_id).long(),
-            "labels": pad("labels", -100),
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        }
+def draw_turns(seed: int, index: int) -> tuple[Image.Image, list[Turn]]:
+    """A price list and a dialogue about it."""
+    rng = generator(seed, index)
+    receipt = draw_receipt(rng)
+    return receipt.image, draw_dialogue(rng, receipt.rows, step=index // BATCH)
 
 
 def main() -> None:
@@ -105,10 +74,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2650, help="batches of 32 dialogues (default 2650)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
     args = parser.parse_args()
-    torch.manual_seed(TRAIN_SEED)
     processor = make_processor(receipt_texts())
-    model = make_model(args.tower, processor.tokenizer)
-    train = Dialogues(processor, TRAIN_SEED, args.steps * BATCH)
+    model = make_model(Arm("avg_pool", 3, "ours"), args.tower, processor.tokenizer, TRAIN_SEED)
+    train = Dialogues(processor, partial(draw_turns, TRAIN_SEED), args.steps * BATCH)
     training = TrainingArguments(
         output_dir=str(args.output / "checkpoints"),
         max_steps=args.steps,
@@ -137,7 +105,7 @@ def main() -> None:
         model=model,
         args=training,
         train_dataset=train,
-        eval_dataset=Dialogues(processor, CHECK_SEED, 256),
+        eval_dataset=Dialogues(processor, partial(draw_turns, CHECK_SEED), 256),
         data_collator=train.collate,
         optimizers=(MuonAdamW(model, LEARNING_RATE), None),
     )

@@ -7,22 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
-from lab.arms import ABLATION, BASELINES, CENTRE, UPPER, Arm, make_model  # noqa: E402
+from lab.arms import ABLATION, BASELINES, CENTRE, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
 from lab.costs import added_cost  # noqa: E402
 from lab.drawing import CANVAS, CLASSES, FONTS, HELD_OUT_FONTS, MORE_FONTS, generator  # noqa: E402
 from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
-from lab.nano import make_processor  # noqa: E402
+from lab.nano import make_processor, receipt_texts  # noqa: E402
 from lab.report import Score, difference  # noqa: E402
 from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
 from lab.training import train  # noqa: E402
+from llava_vr import LlavaVrConfig  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,24 @@ def test_interrupted_training_ends_where_the_uninterrupted_does(tower, tmp_path)
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], weight, rtol=0, atol=1e-6)
         assert "heads" not in name or not torch.equal(first.state_dict()[name], weight)
+
+
+def test_nano_checkpoint_is_what_its_training_builds():
+    shipped = LlavaVrConfig.from_pretrained(ROOT)
+    processor = make_processor(receipt_texts(), 3)
+    assert processor.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(ROOT).get_vocab()
+    built = make_config(Arm("avg_pool", 3, "ours"), CLIPVisionModel(shipped.vision_config), processor.tokenizer)
+    same = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "eos_token_id",
+    )
+    assert all(getattr(built.text_config, name) == getattr(shipped.text_config, name) for name in same)
+    own = [name for name in built.to_dict() if name.startswith(("remember", "projector", "image", "vision_feature"))]
+    assert {name: getattr(built, name) for name in own} == {name: getattr(shipped, name) for name in own}
 
 
 def test_exact_match_and_difference_count_by_hand():
