@@ -4,21 +4,19 @@ The answers are to drawn price lists that training never saw, one question of ea
 memory of weights is counted to the byte from the shapes of `LlavaVrConfig()` on the meta device; the same count stands
 beside the bytes that the quantized checkpoint really holds.
 
-    python -m benchmarks.quantization                          # about ten minutes on two cores
-    python -m benchmarks.quantization --n 20 --output benchmarks/results/cpu/quantization.json
+    python -m benchmarks.quantization             # about ten minutes on two cores
+    python -m benchmarks.quantization --n 20
 """
 
-import argparse
-import json
 import math
-import platform
+import time
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from benchmarks.common import add_device_options, head, markdown_table, new_parser, write_json, write_table
 from lab.evaluate import Case, draw_cases, exact_match, measure
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
 
@@ -78,14 +76,15 @@ def held_bytes(model) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
+    add_device_options(parser)
     parser.add_argument("--model", default=str(ROOT), help="checkpoint folder (default: the root's)")
     parser.add_argument("--n", type=int, default=300, help="pictures (default 300, each with seven questions)")
     parser.add_argument("--seed", type=int, default=99, help="stream of test pictures (default 99)")
     parser.add_argument("--batch-size", type=int, default=70)
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON, and as .md beside it")
     args = parser.parse_args()
 
+    start = time.perf_counter()
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     with torch.device("meta"):
         large = LlavaVrForConditionalGeneration(LlavaVrConfig()).to(torch.bfloat16)
@@ -93,7 +92,7 @@ def main() -> None:
     runs, plain = {}, None
     for kind, options in QUANTIZATIONS.items():
         model = AutoModelForImageTextToText.from_pretrained(
-            args.model, trust_remote_code=True, quantization_config=options
+            args.model, trust_remote_code=True, quantization_config=options, device_map=args.device
         ).eval()
         plain = plain or model
         runs[kind] = {
@@ -103,23 +102,20 @@ def main() -> None:
             "bytes_of_2b": counted_bytes(large, kind),
         }
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {model.device}",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, bnb)},
-        "pictures": args.n,
+        **head(args.scale, args.device, bitsandbytes=bnb.__version__, pictures=args.n, seed=args.seed),
         "questions": len(cases),
-        "seed": args.seed,
         "parameters_of_2b": sum(parameter.numel() for parameter in large.parameters()),
         "runs": runs,
+        "seconds": time.perf_counter() - start,
     }
-    lines = ["| decoder | exact match | weights of the checkpoint | weights of `LlavaVrConfig()`, the rest in bf16 |"]
-    lines.append("|---|---|---|---|")
-    for kind, run in runs.items():
-        sizes = f"{run['bytes'] / 2**20:.1f} MiB | {run['bytes_of_2b'] / 2**30:.2f} GiB"
-        lines.append(f"| {kind} | {run['exact']:.1%} | {sizes} |")
-    print("\n".join(lines))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    rows = [
+        [kind, f"{run['exact']:.1%}", f"{run['bytes'] / 2**20:.1f} MiB", f"{run['bytes_of_2b'] / 2**30:.2f} GiB"]
+        for kind, run in runs.items()
+    ]
+    header = ["decoder", "exact match", "weights of the checkpoint", "weights of `LlavaVrConfig()`, the rest in bf16"]
+    path = args.results / args.device.type / "quantization.json"
+    write_json(path, result)
+    write_table(path.with_suffix(".md"), "Quantisation", result, markdown_table(header, rows))
 
 
 if __name__ == "__main__":

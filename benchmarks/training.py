@@ -5,14 +5,11 @@ One tile of 336 x 336 pixels becomes 144 vision tokens (4-to-1), four modules st
 The tower is frozen. The two models take turns on the same batch. Memory is the peak of a process of its own that trains
 for two steps.
 
-    python -m benchmarks.training                          # a small model, a few minutes on two cores
-    python -m benchmarks.training --size 0.5b --steps 5 --output benchmarks/results/cpu/training.json
+    python -m benchmarks.training                           # a small model, minutes on two cores
+    python -m benchmarks.training --scale full --steps 5    # a decoder of 0.5B dimensions
 """
 
-import argparse
-import json
 import multiprocessing
-import platform
 import re
 import runpy
 import statistics
@@ -22,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, Qwen2Config
 
+from benchmarks.common import add_device_options, head, markdown_table, new_parser, write_json, write_table
 from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
@@ -35,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("projector", "projector+remember", "lora", "full")
 SIZES = {  # of the decoder (see NAMES), of the tower, width of the modules
     "small": ((256, 1024, 8, 4, 4), (128, 512, 6, 4), 128),
-    "0.5b": ((896, 4864, 24, 14, 2), (1024, 4096, 24, 16), 512),
+    "full": ((896, 4864, 24, 14, 2), (1024, 4096, 24, 16), 512),
 }
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
@@ -131,7 +128,7 @@ def in_a_process(function, *arguments):
 def measure(stage: str, args) -> dict:
     """Steps of both models in turn, after one to warm up, and the peak memory of each."""
     variants = {"with": None, "without": []}
-    trainings = {name: Training(args.size, stage, layers, args.device) for name, layers in variants.items()}
+    trainings = {name: Training(args.scale, stage, layers, args.device) for name, layers in variants.items()}
     batch = make_collator()([Chats(args.batch_size)[i] for i in range(args.batch_size)])
     seconds = {name: [] for name in variants}
     for step in tqdm(range(args.steps + 1), desc=stage):
@@ -142,7 +139,7 @@ def measure(stage: str, args) -> dict:
     del trainings
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     memory = {
-        name: in_a_process(peak_bytes, args.size, stage, layers, args.device, args.batch_size)
+        name: in_a_process(peak_bytes, args.scale, stage, layers, args.device, args.batch_size)
         for name, layers in variants.items()
     }
     return {
@@ -156,7 +153,7 @@ def measure(stage: str, args) -> dict:
 
 def waiting_share(args) -> float:
     """The share of a training's time that passes before its next batch is there, with two workers."""
-    training = Training(args.size, "full", None, args.device)
+    training = Training(args.scale, "full", None, args.device)
     chats = Chats((args.steps + 2) * args.batch_size)
     loader = iter(DataLoader(chats, args.batch_size, collate_fn=make_collator(), num_workers=2))
     for _ in range(2):  # the workers start, the model warms up
@@ -171,34 +168,36 @@ def waiting_share(args) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the model (default small)")
+    parser = new_parser(__doc__)
+    add_device_options(parser)
     parser.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="default: all four")
     parser.add_argument("--steps", type=int, default=15, help="of each model and stage (default 15)")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON, and as .md beside it")
     args = parser.parse_args()
+    start = time.perf_counter()
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "size": args.size,
-        "batch_size": args.batch_size,
-        "modules_after_layers": make_config(args.size, None).remember_layers,
+        **head(args.scale, args.device, batch_size=args.batch_size, steps=args.steps),
+        "modules_after_layers": make_config(args.scale, None).remember_layers,
         "stages": [measure(stage, args) for stage in args.stages],
         "waiting_share": waiting_share(args),
+        "seconds": time.perf_counter() - start,
     }
-    lines = ["| stage | steps a second, without and with | time, with / without | peak memory, with / without |"]
-    lines.append("|---|---|---|---|")
-    for run in result["stages"]:
-        speed = run["steps_per_second"]
-        ratios = f"{run['time_ratio']:.3f} | {run['memory_ratio']:.3f}"
-        lines.append(f"| {run['stage']} | {speed['without']:.2f}, {speed['with']:.2f} | {ratios} |")
-    lines.append(f"\nWaiting for data with two workers: {result['waiting_share']:.1%} of the time.")
-    print("\n".join(lines))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    rows = [
+        [
+            run["stage"],
+            ", ".join(f"{run['steps_per_second'][name]:.2f}" for name in ("without", "with")),
+            f"{run['time_ratio']:.3f}",
+            f"{run['memory_ratio']:.3f}",
+        ]
+        for run in result["stages"]
+    ]
+    table = markdown_table(
+        ["stage", "steps a second, without and with", "time, with / without", "peak memory, with / without"], rows
+    )
+    waiting = f"Waiting for data with two workers: {result['waiting_share']:.1%} of the time.\n"
+    path = args.results / args.device.type / "training.json"
+    write_json(path, result)
+    write_table(path.with_suffix(".md"), "Training", result, table, waiting)
 
 
 if __name__ == "__main__":
