@@ -145,9 +145,13 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
+def add_device_option(parser: argparse.ArgumentParser) -> None:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=found, help=f"cpu or cuda (default here: {found})")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    add_device_option(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
 
 

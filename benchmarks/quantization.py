@@ -16,7 +16,7 @@ import bitsandbytes as bnb
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from benchmarks.common import add_device_options, head, markdown_table, new_parser, write_json, write_table
+from benchmarks.common import add_device_option, head, markdown_table, new_parser, write_json, write_table
 from lab.evaluate import Case, draw_cases, exact_match, measure
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
 
@@ -77,7 +77,7 @@ def held_bytes(model) -> int:
 
 def main() -> None:
     parser = new_parser(__doc__)
-    add_device_options(parser)
+    add_device_option(parser)
     parser.add_argument("--model", default=str(ROOT), help="checkpoint folder (default: the root's)")
     parser.add_argument("--n", type=int, default=300, help="pictures (default 300, each with seven questions)")
     parser.add_argument("--seed", type=int, default=99, help="stream of test pictures (default 99)")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, Qwen2Config
 
-from benchmarks.common import add_device_options, head, markdown_table, new_parser, write_json, write_table
+from benchmarks.common import add_device_option, head, markdown_table, new_parser, write_json, write_table
 from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
@@ -89,7 +89,7 @@ def make_collator() -> LlavaVrCollator:
 class Training:
     """A model of one stage and its optimizer; calling it takes a step."""
 
-    def __init__(self, size: str, stage: str, layers: list[int] | None, device: str):
+    def __init__(self, size: str, stage: str, layers: list[int] | None, device: torch.device):
         torch.manual_seed(0)
         model = LlavaVrForConditionalGeneration(make_config(size, layers))
         set_stage = runpy.run_path(str(ROOT / "examples" / "finetune.py"))["set_stage"]
@@ -104,17 +104,17 @@ class Training:
         self.model(**batch).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.device != "cpu":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
 
-def peak_bytes(size: str, stage: str, layers: list[int] | None, device: str, batch_size: int) -> int:
+def peak_bytes(size: str, stage: str, layers: list[int] | None, device: torch.device, batch_size: int) -> int:
     """Run in a process of its own: its peak memory, of the GPU if there is one."""
     training, batch = Training(size, stage, layers, device), make_collator()([Chats(1)[0]] * batch_size)
     for _ in range(2):
         training(batch)
-    if device != "cpu":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()  # not getrusage, which begins with the parent's peak
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
@@ -169,7 +169,7 @@ def waiting_share(args) -> float:
 
 def main() -> None:
     parser = new_parser(__doc__)
-    add_device_options(parser)
+    add_device_option(parser)
     parser.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="default: all four")
     parser.add_argument("--steps", type=int, default=15, help="of each model and stage (default 15)")
     parser.add_argument("--batch-size", type=int, default=4)
