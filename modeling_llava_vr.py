@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -522,6 +523,8 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, dict):
+            kwargs["quantization_config"] = quantization = AutoQuantizationConfig.from_dict(dict(quantization))
         if getattr(quantization, "llm_int8_skip_modules", ()) is None:  # bitsandbytes, and no names are given
             kwargs["quantization_config"] = quantization = copy.deepcopy(quantization)
             quantization.llm_int8_skip_modules = UNQUANTIZED

@@ -80,6 +80,14 @@ def test_without_the_head_and_with_names_of_ones_own(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_dictionary_means_the_same(folder, kind):
+    options = {"quant_method": "bitsandbytes", **KINDS[kind]}
+    model = load(folder, quantization_config=options)
+    assert quantized(model) == decoder_linears(model) and len(quantized(model)) == 14
+    assert options == {"quant_method": "bitsandbytes", **KINDS[kind]}, "the user's own object is left alone"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_lora_learns_on_top(config, folder, make_inputs, kind):
     peft = pytest.importorskip("peft")
     model = load(folder, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
