@@ -172,6 +172,19 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def begin(path: Path, settings: dict[str, Any], **empty: Any) -> dict[str, Any]:
+    """The results that lie there already, to go on with, or new ones: the settings, and `empty`."""
+    if not path.is_file():
+        return {**settings, **empty}
+    result = json.loads(path.read_text())
+    found = {key: value for key, value in result.items() if key not in empty}
+    if found != settings:
+        raise SystemExit(
+            f"{path} was measured with other settings: move it away or pass --results.\n{found}\n{settings}"
+        )
+    return result
+
+
 def markdown_table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -17,7 +17,6 @@ are random, of true dimensions. Beside ours:
 steps a static cache. The image's part of the cache is its share of the positions.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -43,6 +42,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from benchmarks.common import (
     add_device_options,
+    begin,
     compare,
     count_flops,
     dtype_of,
@@ -296,12 +296,7 @@ def measure_all(
     scale: Scale, settings: dict[str, Any], path: Path, device: torch.device, dtype: torch.dtype, minutes: float | None
 ) -> dict[str, Any]:
     """Measures the cases that the file of results lacks, one after the other, as long as there is time."""
-    result = json.loads(path.read_text()) if path.is_file() else {**settings, "cases": [], "seconds": 0}
-    found = {key: value for key, value in result.items() if key not in ("cases", "seconds")}
-    if found != settings:
-        raise SystemExit(
-            f"{path} was measured with other settings: move it away or pass --results.\n{found}\n{settings}"
-        )
+    result = begin(path, settings, cases=[], seconds=0)
     start, before = time.monotonic(), result["seconds"]
     done = [(case["tiles"], case["batch"], case["prompt"]) for case in result["cases"]]
     missing = [

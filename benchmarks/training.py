@@ -3,7 +3,7 @@ the modules and without; and how long a step waits for its data with two workers
 
 One tile of 336 x 336 pixels becomes 144 vision tokens (4-to-1), four modules stand in the decoder, weights are random.
 The tower is frozen. The two models take turns on the same batch. Memory is the peak of a process of its own that trains
-for two steps.
+for two steps. What is measured is skipped, so a command that was cut off goes on.
 
     python -m benchmarks.training                           # a small model, minutes on two cores
     python -m benchmarks.training --scale full --steps 5    # a decoder of 0.5B dimensions
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, Qwen2Config
 
-from benchmarks.common import add_device_option, head, markdown_table, new_parser, write_json, write_table
+from benchmarks.common import add_device_option, begin, head, markdown_table, new_parser, write_json, write_table
 from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
@@ -57,7 +57,7 @@ def make_config(size: str, layers: list[int] | None) -> LlavaVrConfig:
     text, vision, width = SIZES[size]
     return LlavaVrConfig(
         vision_config=CLIPVisionConfig(**dict(zip(NAMES, vision)), image_size=336, patch_size=14),
-        text_config=Qwen2Config(**dict(zip(NAMES, text)), vocab_size=151936 if size == "0.5b" else 1024),
+        text_config=Qwen2Config(**dict(zip(NAMES, text)), vocab_size=151936 if size == "full" else 1024),
         image_token_id=make_tokenizer().convert_tokens_to_ids("<image>"),
         image_aspect_ratio="square",
         image_merge_type="flat",
@@ -126,8 +126,12 @@ def in_a_process(function, *arguments):
 
 
 def measure(stage: str, args) -> dict:
-    """Steps of both models in turn, after one to warm up, and the peak memory of each."""
+    """Peak memory of both models, and their steps in turn, after one to warm up."""
     variants = {"with": None, "without": []}
+    memory = {
+        name: in_a_process(peak_bytes, args.scale, stage, layers, args.device, args.batch_size)
+        for name, layers in variants.items()
+    }
     trainings = {name: Training(args.scale, stage, layers, args.device) for name, layers in variants.items()}
     batch = make_collator()([Chats(args.batch_size)[i] for i in range(args.batch_size)])
     seconds = {name: [] for name in variants}
@@ -136,12 +140,7 @@ def measure(stage: str, args) -> dict:
             duration = trainings[name](batch)
             if step:
                 seconds[name].append(duration)
-    del trainings
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    memory = {
-        name: in_a_process(peak_bytes, args.scale, stage, layers, args.device, args.batch_size)
-        for name, layers in variants.items()
-    }
     return {
         "stage": stage,
         "steps_per_second": {name: 1 / value for name, value in medians.items()},
@@ -174,14 +173,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="of each model and stage (default 15)")
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args()
-    start = time.perf_counter()
-    result = {
-        **head(args.scale, args.device, batch_size=args.batch_size, steps=args.steps),
-        "modules_after_layers": make_config(args.scale, None).remember_layers,
-        "stages": [measure(stage, args) for stage in args.stages],
-        "waiting_share": waiting_share(args),
-        "seconds": time.perf_counter() - start,
-    }
+    path = args.results / args.device.type / "training.json"
+    settings = head(args.scale, args.device, batch_size=args.batch_size, steps=args.steps)
+    settings["modules_after_layers"] = make_config(args.scale, None).remember_layers
+    result = begin(path, settings, stages=[], waiting_share=None, seconds=0)
+    for stage in args.stages:
+        if stage not in [run["stage"] for run in result["stages"]]:
+            start = time.perf_counter()
+            result["stages"].append(in_a_process(measure, stage, args))
+            result["seconds"] += time.perf_counter() - start
+            write_json(path, result)
+    if result["waiting_share"] is None:
+        result["waiting_share"] = waiting_share(args)
+        write_json(path, result)
     rows = [
         [
             run["stage"],
@@ -195,8 +199,6 @@ def main() -> None:
         ["stage", "steps a second, without and with", "time, with / without", "peak memory, with / without"], rows
     )
     waiting = f"Waiting for data with two workers: {result['waiting_share']:.1%} of the time.\n"
-    path = args.results / args.device.type / "training.json"
-    write_json(path, result)
     write_table(path.with_suffix(".md"), "Training", result, table, waiting)
 
 
