@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lab.arms import ARMS, UPPER, Arm, make_model
+from lab.arms import ARMS, NANO, STAGES, UPPER, Arm, make_model
 from lab.dialogues import Dialogues
 from lab.drawing import Turn
 from lab.nano import make_processor
@@ -60,7 +60,7 @@ def train_arm(
     if (folder / "log.json").is_file():
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         return model, json.loads((folder / "log.json").read_text())
-    settings = read_config("upper" if arm == UPPER else "compressed")[scale]
+    settings = read_config(STAGES.get(arm, "compressed"))[scale]
     data = Dialogues(processor, draw_turns, settings["max_steps"] * settings["per_device_train_batch_size"])
     log = train(model, data, folder / "checkpoints", settings, seed, deadline, data_collator=data.collate)
     if log is None:
@@ -73,7 +73,7 @@ def train_arm(
 
 def main() -> None:
     """Train the upper bound or one arm."""
-    arms = {arm.name: arm for arm in (UPPER, *ARMS["gpu"])}
+    arms = {arm.name: arm for arm in (UPPER, NANO, *ARMS["gpu"])}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=arms, default=UPPER.name, metavar="NAME", help=", ".join(arms))
     parser.add_argument("--seed", type=int, default=read_config("upper")["seed"])

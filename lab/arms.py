@@ -42,6 +42,7 @@ class Arm:
 
 
 UPPER = Arm("mlp", 1)
+NANO = Arm("avg_pool", 3, "ours")  # what the root of the repository holds
 PAIRS = [Arm(p, s, module) for s in (4, 2) for p in PROJECTORS for module in ("none", "ours")]
 CENTRE = Arm("avg_pool", 4, "ours")
 BASELINES = [replace(CENTRE, module=module) for module in ("wide", "deepstack", "sva", "global")]
@@ -51,8 +52,12 @@ ABLATION = [
     *(replace(CENTRE, window=window) for window in (6, 8)),
     *(replace(CENTRE, module=module) for module in ("no bias", "mean")),
 ]
+STAGES = {UPPER: "upper", NANO: "nano"}  # whose configuration files these train by; "compressed" for all others
 ARMS = {
-    "cpu": [arm for arm in PAIRS if arm.downsample == 4 and arm.projector in ("avg_pool", "tokenpacker")],
+    "cpu": [
+        *(arm for arm in PAIRS if arm.downsample == 4 and arm.projector in ("avg_pool", "tokenpacker")),
+        *(arm for arm in BASELINES if arm.module in ("deepstack", "sva")),
+    ],
     "gpu": [*PAIRS, *BASELINES, *ABLATION],
 }
 

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import CANVAS, CLASSES, COLOURS, MAX_VALUE, Canvas, Picture, Turn, phrase
+from lab.drawing import Canvas, Picture, Turn, phrase
+from lab.labels import CANVAS, COLOURS, KEYS, MAX_VALUE
 
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TRANSCRIBE = ("List all values.", "Read the chart.", "What are the values in the chart?")
-VALUE = ("What is the value of {name}?", "How high is {name}?", "Which value has {name}?")
-HIGHEST = ("Which is highest?", "Which one has the highest value?", "Where is the maximum?")
+SELECT = ("Give the values of {names}.", "List {names}.")
+VALUE = ("What is the value of {name}?", "How high is {name}?")
+HIGHEST = ("Which is highest?", "Which one has the highest value?")
 ABOVE = ("How many are above {value}?", "How many values are higher than {value}?")
-COMPARE = ("Which is higher, {first} or {second}?", "Is {first} or {second} higher?")
+COMPARE = ("Which is higher, {first} or {second}?", "Which has the higher value, {first} or {second}?")
 KINDS = ("transcribe", "value", "highest", "above", "compare")
 
 
@@ -24,12 +25,12 @@ class Chart:
 
 def draw_chart(rng: np.random.Generator) -> Chart:
     count = int(rng.integers(3, 6))
-    names = (LETTERS[i] for i in rng.choice(len(LETTERS), count, replace=False))
+    names = (KEYS[i] for i in rng.choice(len(KEYS), count, replace=False))
     return Chart(tuple(names), tuple(int(v) + 1 for v in rng.choice(MAX_VALUE, count, replace=False)))
 
 
 def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
-    """Bars or a line between axes from 0 to 9; hollow bars, and a grid behind, if held out."""
+    """Bars or a line between axes from 0 to 9; with a grid behind if held out."""
     canvas, chart = Canvas(rng, held_out), draw_chart(rng)
     canvas.set_font(rng.uniform(10, 12.5))
     left, right = canvas.width("9") + rng.uniform(4, 8), CANVAS - rng.uniform(2, 8)
@@ -48,15 +49,15 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     colour = tuple(COLOURS.values())[rng.integers(len(COLOURS) - 1)]  # not black
     if is_line:
         canvas.line(points)
-    for name, value, (x, y) in zip(chart.names, chart.values, points):
-        label = CLASSES.index(f"value {value}")
-        canvas.text(x - canvas.width(name) / 2, bottom + 0.5, name)
+    for place, (name, value, (x, y)) in enumerate(zip(chart.names, chart.values, points), 1):
+        labels = {"place": place, "name": name, "number": value}
+        canvas.text(x - canvas.width(name) / 2, bottom + 0.5, name, **labels)
         if is_line:
             box, shape = (x - 2.5, y - 2.5, x + 2.5, y + 2.5), "ellipse"
         else:
             box, shape = (x - half, y, x + half, bottom), "rectangle"
-        canvas.box(*box, canvas.label_pen, fill=label)
-        canvas.box(*box, shape=shape, fill=None if held_out and not is_line else colour, outline=canvas.ink)
+        canvas.labels.mark(*box, glyph=f"value {value}", **labels)
+        canvas.box(*box, shape=shape, fill=colour, outline=canvas.ink)
     return canvas.finish(chart)
 
 
@@ -65,6 +66,12 @@ def ask(rng: np.random.Generator, chart: Chart, kind: str) -> Turn:
     first, second = (int(i) for i in rng.choice(len(chart.names), 2, replace=False))
     if kind == "transcribe":
         return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(f"{n} {v}" for n, v in zip(chart.names, chart.values)))
+    if kind == "select":
+        chosen = rng.permutation(len(chart.names))[: rng.integers(2, len(chart.names) + 1)]
+        names = ", ".join(chart.names[i] for i in chosen)
+        return Turn(
+            kind, phrase(rng, SELECT, names=names), "\n".join(f"{chart.names[i]} {chart.values[i]}" for i in chosen)
+        )
     if kind == "value":
         return Turn(kind, phrase(rng, VALUE, name=chart.names[first]), str(chart.values[first]))
     if kind == "highest":

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lab.labels import CANVAS, Labels
 
-CANVAS = 96  # the model's image side; pictures are drawn at one to three times that
+
 FONTS = (
     "default",
     "DejaVuSans",
@@ -22,21 +23,6 @@ FONTS = (
 )
 MORE_FONTS = ("STIXGeneral", "cmr10", "cmss10")  # not of price lists
 HELD_OUT_FONTS = ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "DejaVuSansMono-Oblique", "STIXGeneralBol", "cmtt10")
-COLOURS = {
-    "red": (214, 39, 40),
-    "green": (44, 160, 44),
-    "blue": (31, 119, 180),
-    "orange": (255, 150, 20),
-    "purple": (128, 60, 190),
-    "black": (20, 20, 20),
-}
-SHAPES = ("circle", "square", "triangle", "cross")
-MAX_VALUE = 9
-CLASSES = (
-    ("blank", *"abcdefghijklmnopqrstuvwxyz0123456789")
-    + tuple(f"value {value}" for value in range(1, MAX_VALUE + 1))
-    + tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-)  # what can lie under a spot of a picture
 
 
 @dataclass(frozen=True)
@@ -45,12 +31,12 @@ class Picture:
 
     Args:
         image: square, RGB.
-        labels: of the same size, mode "L": which of `CLASSES` lies under each pixel.
+        labels: what lies where.
         facts: what the picture shows; its domain's questions are asked about them.
     """
 
     image: Image.Image
-    labels: Image.Image
+    labels: Labels
     facts: Any
 
 
@@ -108,8 +94,8 @@ class Canvas:
         fonts = HELD_OUT_FONTS if held_out else FONTS + MORE_FONTS
         self.font_name = fonts[rng.integers(len(fonts))]
         side = round(CANVAS * self.scale)
-        self.image, self.labels = Image.new("RGB", (side, side), self.paper), Image.new("L", (side, side), 0)
-        self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.labels)
+        self.image, self.labels = Image.new("RGB", (side, side), self.paper), Labels()
+        self.pen = ImageDraw.Draw(self.image)
         self.set_font(12)
 
     def set_font(self, size: float):
@@ -129,33 +115,32 @@ class Canvas:
     def line_height(self) -> float:
         return sum(self.font.getmetrics()) / self.scale
 
-    def text(self, x: float, y: float, text: str):
-        """Writes a line whose upper left corner is (x, y)."""
+    def text(self, x: float, y: float, text: str, **labels):
+        """Writes a line whose upper left corner is (x, y). A character's place is its own, if none is given."""
         self.pen.text((x * self.scale, y * self.scale), text, fill=self.ink, font=self.font)
         for i, character in enumerate(text):
-            if character in CLASSES:
-                left, right = x + self.width(text[:i]), x + self.width(text[: i + 1])
-                self.box(left, y, right, y + self.line_height, self.label_pen, fill=CLASSES.index(character))
+            edges = (x + self.width(text[:i]), y, x + self.width(text[: i + 1]), y + self.line_height)
+            self.labels.mark(*edges, **{"glyph": character, "place": i + 1, **labels})
 
-    def box(self, left: float, top: float, right: float, bottom: float, pen=None, shape="rectangle", **options):
-        """Draws Pillow's shape of this name on the picture, or on the map with its pen."""
+    def box(self, left: float, top: float, right: float, bottom: float, shape="rectangle", **options):
+        """Draws Pillow's shape of this name."""
         corners = [round(v * self.scale) for v in (left, top, max(left, right - 0.5), max(top, bottom - 0.5))]
-        getattr(pen or self.pen, shape)(corners, **options)
+        getattr(self.pen, shape)(corners, **options)
 
     def line(self, points: Sequence[tuple[float, float]], width: float = 1):
         scaled = [(x * self.scale, y * self.scale) for x, y in points]
         self.pen.line(scaled, fill=self.ink, width=max(1, round(width * self.scale)))
 
-    def polygon(self, points: Sequence[tuple[float, float]], fill: tuple[int, ...]):
-        self.pen.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=fill)
+    def polygon(self, points: Sequence[tuple[float, float]], **options):
+        self.pen.polygon([(x * self.scale, y * self.scale) for x, y in points], **options)
 
     def finish(self, facts: Any, angle: float = 0) -> Picture:
         """The picture with its map, turned by `angle` degrees, with noise or without."""
-        image, labels = self.image, self.labels
+        image = self.image
         if angle:
             image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=self.paper)
-            labels = labels.rotate(angle, Image.Resampling.NEAREST)
-        return Picture(add_noise(self.rng, image), labels, facts)
+            self.labels.turn(angle)
+        return Picture(add_noise(self.rng, image), self.labels, facts)
 
 
 def phrase(rng: np.random.Generator, templates: tuple[str, ...], **values: object) -> str:

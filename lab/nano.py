@@ -1,15 +1,13 @@
-"""What every model of the lab has around it: tokenizer, chat template, processor, and the folder it is saved to."""
+"""What every model of the lab has around it: tokenizer, chat template, processor."""
 
-import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from lab.drawing import CANVAS, generator
-from lab.receipts import KINDS, ask, draw_rows
-from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
+from lab.labels import CANVAS
+from llava_vr import LlavaVrProcessor
 
 
 PAD, END, SYSTEM, USER, ASSISTANT, IMAGE = SPECIAL_TOKENS = (
@@ -39,31 +37,19 @@ CHAT_TEMPLATE = """{%- macro render(content) -%}
 """
 
 
-def receipt_texts(seed: int = 0) -> Iterator[str]:
-    """What the nano model's tokenizer is trained on: 3,000 price lists' questions and answers."""
-    for index in range(3000):
-        rng = generator(seed, index)
-        rows = draw_rows(rng)
-        turns = [ask(rng, rows, kind) for kind in KINDS]
-        yield from (turn.question for turn in turns)
-        yield from (turn.answer for turn in turns)
+def make_tokenizer(texts: Iterable[str], least: int = 8) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: what occurs at least so often is one token, digits stand alone, anything else is spelled.
 
-
-def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: any text can be written, the lab's own words are one token, digits stand alone."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    There are no merges, so made-up words and random letters are always the same tokens: their characters.
+    """
+    splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        min_frequency=40,  # leaves made-up words in pieces
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    words = sorted(word for word, count in counts.items() if count >= least)
+    entries = dict.fromkeys((*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words))
+    backend = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, [], ignore_merges=True))
+    backend.pre_tokenizer, backend.decoder = splitter, decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -94,12 +80,3 @@ def make_processor(texts: Iterable[str], downsample: int = 3) -> LlavaVrProcesso
         image_aspect_ratio="pad",
         image_merge_type="flat",
     )
-
-
-def save(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, folder: Path) -> None:
-    """Write the whole checkpoint folder: weights, configuration, processor and code."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"]["AutoModel"] = "modeling_llava_vr.LlavaVrModel"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

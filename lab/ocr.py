@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from lab.drawing import CANVAS, Canvas, Picture, Turn, phrase
+from lab.drawing import Canvas, Picture, Turn, phrase
+from lab.labels import CANVAS
 
 
 MAX_LINES = 3
 UNLIKE = "abcdefghjkmnpqrstuvwxyz23456789"  # no two look the same in some font, as l and 1, or o and 0, do
 TRANSCRIBE = ("Read the text.", "What is written here?", "Read all lines.")
-LINE = ("Read line {number}.", "What does line {number} say?", "What is in line {number}?")
+LINE = ("Read line {number}.", "What is in line {number}?")
 KINDS = ("transcribe", "line")
 
 
@@ -32,7 +33,7 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     left, top = rng.uniform(5, CANVAS - 5 - width()), rng.uniform(4, CANVAS - 4 - pitch * len(lines))
     for number, line in enumerate(lines):
         indent = (width() - canvas.width(line)) / 2 if held_out else 0
-        canvas.text(left + indent, top + number * pitch, line)
+        canvas.text(left + indent, top + number * pitch, line, line=number + 1)
     return canvas.finish(lines, angle=rng.uniform(-5, 5) if rng.random() < 0.6 else 0)
 
 

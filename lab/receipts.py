@@ -14,8 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lab.drawing import (
-    CANVAS,
-    CLASSES,
     FONTS,
     HELD_OUT_FONTS,
     Picture,
@@ -26,17 +24,10 @@ from lab.drawing import (
     load_font,
     phrase,
 )
+from lab.labels import CANVAS, ITEMS, Labels
 
 
 MAX_ROWS = 5
-ITEMS = (
-    "tea", "coffee", "milk", "juice", "water", "beer", "wine", "cider", "cocoa", "soda",
-    "bread", "roll", "toast", "bagel", "cake", "pie", "tart", "muffin", "scone", "waffle",
-    "apple", "pear", "plum", "grape", "melon", "lemon", "cherry", "banana", "orange", "fig",
-    "soup", "salad", "pasta", "pizza", "rice", "beans", "fish", "ham", "bacon", "egg",
-    "cheese", "butter", "honey", "jam", "salt", "pepper", "sugar", "olive", "onion", "tomato",
-    "potato", "carrot", "candle", "soap", "pencil", "paper",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ def draw_receipt(rng: np.random.Generator, scale: float | None = None, held_out:
     Args:
         rng: source of every choice.
         scale: picture side in units of 96 pixels; drawn between 1 and 3 if not given.
-        held_out: take the fonts that are kept for tests, and write the price before its item.
+        held_out: take the fonts that are kept for tests, and draw a rule above every row.
     """
     rows = draw_rows(rng)
     scale = float(rng.uniform(1, 3)) if scale is None else scale
@@ -114,10 +105,9 @@ def draw_receipt(rng: np.random.Generator, scale: float | None = None, held_out:
         price, y = str(row.price), top + number * pitch
         end = left + font.getlength(row.item) + gap
         price_x = column - font.getlength(price) if aligned else end
-        item_x = left
         if held_out:
-            price_x, item_x = left, left + price_width + gap
-        for text, x in ((row.item, item_x), (price, price_x)):
+            pen.line([(left, y), (column, y)], fill=ink, width=max(1, round(scale / 2)))
+        for text, x in ((row.item, left), (price, price_x)):
             pen.text((x, y), text, fill=ink, font=font)
             edges = tuple((x + font.getlength(text[:i])) / side for i in range(len(text) + 1))
             glyphs.append(Glyphs(text, number, y / side, (y + ascent + descent) / side, edges))
@@ -127,18 +117,20 @@ def draw_receipt(rng: np.random.Generator, scale: float | None = None, held_out:
 def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     """A price list as a picture with its map; the facts are its rows."""
     receipt = draw_receipt(rng, held_out=held_out)
-    labels = Image.new("L", receipt.image.size, 0)
-    pen, side = ImageDraw.Draw(labels), labels.width
+    labels = Labels()
     for glyphs in receipt.glyphs:
+        row = receipt.rows[glyphs.row]
         for character, left, right in zip(glyphs.text, glyphs.edges, glyphs.edges[1:]):
-            box = [round(v * side) for v in (left, glyphs.top, right, glyphs.bottom)]
-            pen.rectangle(box, fill=CLASSES.index(character))
+            box = [CANVAS * value for value in (left, glyphs.top, right, glyphs.bottom)]
+            place = 1 if glyphs.text == row.item else 2
+            labels.mark(*box, glyph=character, line=glyphs.row + 1, place=place, name=row.item, number=row.price)
     return Picture(receipt.image, labels, receipt.rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- questions
 
 TRANSCRIBE = ("Transcribe the image.", "Read the receipt.", "What does the image say?", "List all items and prices.")
+SELECT = ("List {names}.", "Give the prices of {names}.")
 PRICE = (
     "How much is the {item}?",
     "What does the {item} cost?",
@@ -163,6 +155,10 @@ def ask(rng: np.random.Generator, rows: tuple[Row, ...], kind: str) -> Turn:
     row = rows[rng.integers(len(rows))]
     if kind == "transcribe":
         return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(f"{row.item} {row.price}" for row in rows))
+    if kind == "select":
+        chosen = [rows[i] for i in rng.permutation(len(rows))[: rng.integers(1, len(rows) + 1)]]
+        question = phrase(rng, SELECT, names=", ".join(row.item for row in chosen))
+        return Turn(kind, question, "\n".join(f"{row.item} {row.price}" for row in chosen))
     if kind == "price":
         return Turn(kind, phrase(rng, PRICE, item=row.item), str(row.price))
     if kind == "item":

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 
 from lab.arms import ABLATION, ARMS, BASELINES, CENTRE, UPPER, Arm
+from lab.labels import KINDS
 from lab.table import FASTV_TOKENS, RESULTS, jobs
 from lab.training import SCALES, read_config
 
@@ -165,6 +166,16 @@ def plot_losses(scores: dict[str, Score], folder: Path):
     figure.savefig(folder / "losses.png", dpi=120)
 
 
+def tower_table(named: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Shares named right, by style and domain, in columns for the kinds of labels."""
+    lines = ["| fonts and layouts | domain | " + " | ".join(KINDS) + " |", "|---|---|" + "---|" * len(KINDS)]
+    for style, domains in named.items():
+        for domain, shares in domains.items():
+            cells = (f"{100 * shares[kind]:.1f}" if kind in shares else "" for kind in KINDS)
+            lines.append(f"| {style} | {domain} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def section(scale: str) -> list[str]:
     """All about one scale."""
     scores = load(scale)
@@ -177,15 +188,15 @@ def section(scale: str) -> list[str]:
     lines += [f"`python -m lab.table --scale {scale}`, then `python -m lab.report`. "]
     machine = ", ".join(f"{key} {first[key]}" for key in ("device", "python", "torch", "transformers"))
     runs = [run for score in scores.values() for run in score.runs if "train_seconds" in run]
-    minutes = sum(run["seconds"] for run in runs) / 60
+    minutes = sum(run["train_seconds"] + run["test_seconds"] for run in runs) / 60
     steps = {stage: read_config(stage)[scale]["max_steps"] for stage in ("tower", "upper", "compressed")}
     lines[-1] += (
         f"Machine: {machine}. Cost: {minutes:.0f} minutes for {len(runs)} models, after the tower; steps: "
         + ", ".join(f"{stage} {count}" for stage, count in steps.items())
         + "."
     )
-    named = ", ".join(f"{name} {100 * share:.1f}%" for name, share in tower["named"].items())
-    lines += ["", f"The frozen tower names of the spots of fresh pictures, where there is something: {named}."]
+    lines += ["", "What the frozen tower names right of what lies under the patches of fresh pictures, in percent:", ""]
+    lines += tower_table(tower["named"])
     pairs = [UPPER.name, *(arm.name for arm in ARMS["gpu"] if arm.module in ("none", "ours") and arm not in ABLATION)]
     pairs += [f"fastv-{tokens}" for tokens in FASTV_TOKENS]
     for style in STYLES:

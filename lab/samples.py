@@ -34,23 +34,30 @@ def draw_sample(seed: int, index: int) -> tuple[np.random.Generator, ModuleType,
     return rng, domain, domain.draw(rng)
 
 
-def draw_dialogue(rng: np.random.Generator, domain: ModuleType, picture: Picture, turns: int = 5) -> list[Turn]:
-    """Several turns about one picture. A look-up after the transcription could copy from it, so most stand before."""
-    kinds = [kind for kind in domain.KINDS if kind != "transcribe"]
-    asked = [domain.ask(rng, picture.facts, kinds[i]) for i in rng.integers(len(kinds), size=turns)]
-    if "transcribe" in domain.KINDS:
-        place = 0 if rng.random() < 0.4 else int(rng.integers(1, turns + 1))
-        asked.insert(place, domain.ask(rng, picture.facts, "transcribe"))
-    return list(dict.fromkeys(asked))  # no question twice
+def draw_dialogue(rng: np.random.Generator, domain: ModuleType, picture: Picture, turns: int = 6) -> list[Turn]:
+    """
+    Several turns about one picture: look-ups, then a selection of rows and a transcription.
+
+    A look-up after the transcription could copy from it, so the transcription is last in most dialogues. It can be read
+    from line to line; only look-ups and selections teach to find a thing by its name, and selections do so most often.
+    Selections are for practice alone: no test has them.
+    """
+    long = ["select"] * hasattr(domain, "SELECT") + ["transcribe"] * ("transcribe" in domain.KINDS)
+    short = [kind for kind in domain.KINDS if kind != "transcribe"]
+    kinds = [short[i] for i in rng.integers(len(short), size=turns)] + long
+    kinds = kinds[::-1] if rng.random() < 0.15 else kinds
+    asked = [domain.ask(rng, picture.facts, kind) for kind in kinds]
+    return list({(turn.kind, turn.answer): turn for turn in asked[::-1]}.values())[::-1]  # no answer twice
 
 
 def sample_texts(seed: int = 0, count: int = 6000) -> Iterator[str]:
-    """Questions and answers for a tokenizer to learn from. Those of `ocr` are left out: its texts stay characters."""
+    """Questions and answers for a tokenizer to learn from; not `ocr`'s answers, which stay characters."""
     for index in range(count):
         rng, domain, picture = draw_sample(seed, index)
-        if domain is not ocr:
-            for turn in draw_dialogue(rng, domain, picture):
-                yield from (turn.question, turn.answer)
+        for turn in draw_dialogue(rng, domain, picture):
+            yield turn.question
+            if domain is not ocr:
+                yield turn.answer
 
 
 def draw_sheet(seed: int, held_out: bool) -> Image.Image:

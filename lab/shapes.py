@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import CANVAS, CLASSES, COLOURS, SHAPES, Canvas, Picture, Turn, phrase
+from lab.drawing import Canvas, Picture, Turn, phrase
+from lab.labels import CANVAS, COLOURS, SHAPES
 
 
 COUNT = ("How many shapes are there?", "How many shapes do you see?", "Count the shapes.")
@@ -18,28 +19,23 @@ class Shape:
     colour: str
 
 
-def draw_shape(canvas: Canvas, shape: Shape, x: float, y: float, radius: float, is_turned: bool):
+def draw_shape(canvas: Canvas, shape: Shape, x: float, y: float, radius: float, outlined: bool):
     """A shape around (x, y), and its label under the whole of it."""
     left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
-    fill = COLOURS[shape.colour]
-    canvas.box(left, top, right, bottom, canvas.label_pen, fill=CLASSES.index(f"{shape.colour} {shape.name}"))
-    if shape.name == "circle":
-        canvas.box(left, top, right, bottom, shape="ellipse", fill=fill)
-    elif shape.name == "square" and is_turned:
-        canvas.polygon([(x, top), (right, y), (x, bottom), (left, y)], fill)
-    elif shape.name == "square":
-        canvas.box(left, top, right, bottom, fill=fill)
-    elif shape.name == "triangle":
-        tip, base = (bottom, top) if is_turned else (top, bottom)
-        canvas.polygon([(x, tip), (right, base), (left, base)], fill)
-    else:
+    paint = {"fill": COLOURS[shape.colour], "outline": canvas.ink if outlined else None}
+    canvas.labels.mark(left, top, right, bottom, glyph=f"{shape.colour} {shape.name}")
+    if shape.name == "triangle":
+        canvas.polygon([(x, top), (right, bottom), (left, bottom)], **paint)
+    elif shape.name == "cross":
         third = radius / 3
-        canvas.box(left, y - third, right, y + third, fill=fill)
-        canvas.box(x - third, top, x + third, bottom, fill=fill)
+        canvas.box(left, y - third, right, y + third, **paint)
+        canvas.box(x - third, top, x + third, bottom, **paint)
+    else:
+        canvas.box(left, top, right, bottom, shape="ellipse" if shape.name == "circle" else "rectangle", **paint)
 
 
 def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
-    """Different shapes, each in a quarter of the picture; squares and triangles are turned if held out."""
+    """Different shapes, each in a quarter of the picture; outlined in ink if held out."""
     canvas = Canvas(rng, held_out)
     names = rng.permutation(SHAPES)[: rng.integers(1, len(SHAPES) + 1)]
     shapes = [Shape(str(name), list(COLOURS)[rng.integers(len(COLOURS))]) for name in names]

@@ -61,10 +61,10 @@ def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -
     path = folder / f"{arm.name}-{seed}.json"
     if path.is_file():
         return True
-    start = time.monotonic()
     trained = train_arm(arm, args.scale, seed, args.runs, deadline)
     if trained is None or (deadline is not None and time.monotonic() > deadline):
         return False
+    start = time.monotonic()
     (model, log), processor = trained, processor_of(arm)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     common = {"projector": arm.projector, "seed": seed, **added_cost(model)}
@@ -77,7 +77,7 @@ def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -
         "attention": attention_on_vision(model, processor, looked_at),
         "losses": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
         "train_seconds": next((round(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),
-        "seconds": round(time.monotonic() - start),
+        "test_seconds": round(time.monotonic() - start),
         **describe_machine(),
     }
     if arm == UPPER:

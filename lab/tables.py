@@ -4,18 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import CANVAS, Canvas, Picture, Turn, phrase
+from lab.drawing import Canvas, Picture, Turn, phrase
+from lab.labels import CANVAS, KEYS, ROWS
 
 
-NAMES = ("tea", "pie", "fig", "ham", "egg", "jam", "rye", "oil", "nut", "pea", "cod", "bun")
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TRANSCRIBE = ("Read the table.", "List all rows of the table.", "What does the table say?")
-CELL = (
-    "What is {column} of {row}?",
-    "What does {row} have in {column}?",
-    "Which number is in row {row}, column {column}?",
-)
-LARGEST = ("Which row is largest in {column}?", "Which row has the highest {column}?", "Where is {column} largest?")
+SELECT = ("List {names}.", "Read the rows {names}.")
+CELL = ("What is {column} of {row}?", "Which number is in {column} of {row}?")
+LARGEST = ("Which row is largest in {column}?", "Which row has the highest {column}?")
 KINDS = ("transcribe", "cell", "largest")
 
 
@@ -32,14 +28,14 @@ def draw_table(rng: np.random.Generator) -> Table:
     rows, columns = int(rng.integers(2, 5)), int(rng.choice(4, p=(0.3, 0.35, 0.25, 0.1))) + 1
     numbers = np.stack([rng.choice(99, rows, replace=False) + 1 for _ in range(columns)], axis=1)
     return Table(
-        tuple(NAMES[i] for i in rng.choice(len(NAMES), rows, replace=False)),
-        tuple(LETTERS[i] for i in rng.choice(len(LETTERS), columns, replace=False)),
+        tuple(ROWS[i] for i in rng.choice(len(ROWS), rows, replace=False)),
+        tuple(KEYS[i] for i in rng.choice(len(KEYS), columns, replace=False)),
         tuple(tuple(map(int, line)) for line in numbers),
     )
 
 
 def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
-    """A table with or without a rule below its head; with a rule around every cell if held out."""
+    """A table with or without a rule below its head; with a rule above and below every row if held out."""
     canvas, table = Canvas(rng, held_out), draw_table(rng)
     gap, height = rng.uniform(4, 7), len(table.rows) + 1
     label = lambda: max(map(canvas.width, table.rows))  # noqa: E731
@@ -49,25 +45,29 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     pitch = canvas.line_height * rng.uniform(1, min(1.25, (CANVAS - 6) / (canvas.line_height * height)))
     left, top = rng.uniform(4, CANVAS - 4 - width()), rng.uniform(3, CANVAS - 3 - pitch * height)
     ends = [left + label() + cell() * (i + 1) for i in range(len(table.columns))]
-    for number, (name, values) in enumerate(zip(("", *table.rows), (table.columns, *table.numbers))):
-        y = top + number * pitch
-        canvas.text(left, y, name)
-        for end, value in zip(ends, values):
-            canvas.text(end - canvas.width(str(value)), y, str(value))
+    for place, (end, letter) in enumerate(zip(ends, table.columns), 2):
+        canvas.text(end - canvas.width(letter), top, letter, line=1, place=place, column=letter)
+    for line, (name, values) in enumerate(zip(table.rows, table.numbers), 2):
+        y = top + (line - 1) * pitch
+        canvas.text(left, y, name, line=line, place=1, name=name)
+        for place, (end, value, letter) in enumerate(zip(ends, values, table.columns), 2):
+            labels = {"line": line, "place": place, "name": name, "column": letter, "number": value}
+            canvas.text(end - canvas.width(str(value)), y, str(value), **labels)
     rules = range(height + 1) if held_out else [1] if rng.random() < 0.5 else []
     for number in rules:
         y = top + number * pitch
         canvas.line([(left - 2, y), (left + width() + 2, y)], 0.5)
-    if held_out:
-        for x in (left - 2, *(end + 2 for end in (left + label(), *ends))):
-            canvas.line([(x, top), (x, top + height * pitch)], 0.5)
     return canvas.finish(table)
 
 
 def ask(rng: np.random.Generator, table: Table, kind: str) -> Turn:
     """A question of one kind about the table, with its answer."""
+    lines = [" ".join((name, *map(str, values))) for name, values in zip(table.rows, table.numbers)]
+    if kind == "select":
+        chosen = rng.permutation(len(lines))[: rng.integers(1, len(lines) + 1)]
+        names = ", ".join(table.rows[i] for i in chosen)
+        return Turn(kind, phrase(rng, SELECT, names=names), "\n".join(lines[i] for i in chosen))
     if kind == "transcribe":
-        lines = [" ".join((name, *map(str, values))) for name, values in zip(table.rows, table.numbers)]
         return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join((" ".join(table.columns), *lines)))
     row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
     if kind == "cell":

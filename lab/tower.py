@@ -1,7 +1,8 @@
 """Stage one: teach a small vision tower to read, from dense labels.
 
-The pictures are drawn, so it is known what lies under every patch: a character, a bar of some value, a shape. A tower
-trained on that is then frozen, as a real model starts from a pretrained tower.
+The pictures are drawn, so it is known what lies under every patch: a character, a bar of some value, a shape, and to
+which line, row, column or number it belongs. A tower trained on that is then frozen, as a real model starts from a
+pretrained tower.
 
     python -m lab.tower --scale cpu                 # to lab/runs/cpu/tower
     python -m lab.tower --scale gpu --minutes 9     # a piece; the same command goes on where it stopped
@@ -14,24 +15,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lab.drawing import CANVAS, CLASSES, Picture, pixels
+from lab.drawing import Picture, generator, pixels
+from lab.labels import CANVAS, KINDS
 from lab.samples import DOMAINS, draw_sample
 from lab.training import add_options, deadline_of, describe_machine, read_config, train
 
 
-SPOTS = 2  # a patch is named at a quarter and at three quarters of its width
+SPOTS = 2  # glyphs are named at a quarter and at three quarters of a patch's width
 TEST_SEED = 2
 
 
-def patch_labels(picture: Picture, grid: int) -> np.ndarray:
-    """Which of `CLASSES` lies under each spot: `(grid * grid, SPOTS)`."""
-    labels = np.asarray(picture.labels)
-    rows = ((np.arange(grid) + 0.5) / grid * len(labels)).astype(int)
-    columns = ((np.arange(SPOTS * grid) + 0.5) / (SPOTS * grid) * len(labels)).astype(int)
-    return labels[rows][:, columns].reshape(grid * grid, SPOTS).astype(np.int64)
+def patch_labels(picture: Picture, grid: int) -> dict[str, np.ndarray]:
+    """The number of what lies under each patch, for each of `KINDS`: (patches,), of glyphs (patches, SPOTS)."""
+    rows = ((np.arange(grid) + 0.5) / grid * CANVAS).astype(int)
+    columns = ((np.arange(SPOTS * grid) + 0.5) / (SPOTS * grid) * CANVAS).astype(int)
+    spots = picture.labels.maps[:, rows][:, :, columns].reshape(len(KINDS), grid * grid, SPOTS).astype(np.int64)
+    labels = dict(zip(KINDS, np.where(spots[..., 0] > 0, spots[..., 0], spots[..., 1])))
+    return {**labels, "glyph": spots[0]}
+
+
+def as_tensors(picture: Picture, grid: int) -> dict[str, torch.Tensor]:
+    arrays = {"pixel_values": pixels(picture.image), **patch_labels(picture, grid)}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class LabelledPictures(Dataset):
@@ -44,45 +52,60 @@ class LabelledPictures(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        _, _, picture = draw_sample(self.seed, index)
-        labels = patch_labels(picture, self.grid)
-        return {"pixel_values": torch.from_numpy(pixels(picture.image)), "labels": torch.from_numpy(labels)}
+        return as_tensors(draw_sample(self.seed, index)[2], self.grid)
 
 
 class ReadingTower(nn.Module):
-    """A vision tower with heads that name what each patch shows; the heads are thrown away afterwards."""
+    """A vision tower with heads that name what each patch shows; the heads are thrown away afterwards.
+
+    Glyphs are named at each of `levels`, what they belong to only at the last, which has the context.
+    """
 
     def __init__(self, tower: CLIPVisionModel, levels: list[int]):
         super().__init__()
         width = tower.config.hidden_size
         self.tower, self.levels = tower, levels
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, SPOTS * len(CLASSES))) for _ in levels
-        )
+        self.glyphs = nn.ModuleList(self.head(width, SPOTS * (len(KINDS["glyph"]) + 1)) for _ in levels)
+        self.others = nn.ModuleDict({kind: self.head(width, len(KINDS[kind]) + 1) for kind in KINDS if kind != "glyph"})
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss, and the logits of the last level, `(pictures, patches, SPOTS, classes)`.
+    @staticmethod
+    def head(width: int, classes: int) -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
-        Spots with nothing to name, which are many and easy, count for a third.
+    @staticmethod
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy; spots with nothing to name, which are many and easy, count for a third."""
+        weight = torch.ones(logits.shape[-1], device=logits.device)
+        weight[0] = 0.33
+        return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), weight)
+
+    def forward(self, pixel_values: torch.Tensor, **labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss, and for each of `KINDS` the logits of the last level, (pictures, patches, [SPOTS,] classes).
+
+        What glyphs belong to can be named only once they are: its loss weighs little, and leads when theirs has fallen.
         """
         states = self.tower(pixel_values, output_hidden_states=True).hidden_states
-        named = [head(states[i][:, 1:]).unflatten(-1, (SPOTS, -1)) for head, i in zip(self.heads, self.levels)]
-        weight = torch.ones(len(CLASSES), device=labels.device)
-        weight[0] = 0.33
-        losses = [nn.functional.cross_entropy(n.float().flatten(0, -2), labels.flatten(), weight) for n in named]
-        return {"loss": sum(losses), "logits": named[-1]}
+        glyphs = [head(states[i][:, 1:]).unflatten(-1, (SPOTS, -1)) for head, i in zip(self.glyphs, self.levels)]
+        others = {kind: head(states[-1][:, 1:]) for kind, head in self.others.items()}
+        loss = sum(self.loss(logits, labels["glyph"]) for logits in glyphs)
+        loss = loss + 0.15 * sum(self.loss(logits, labels[kind]) for kind, logits in others.items())
+        return {"loss": loss, "glyph": glyphs[-1], **others}
 
 
 @torch.inference_mode()
-def share_named(model: ReadingTower, grid: int, count: int = 100) -> dict[str, float]:
-    """For each domain, the share of spots named right among those where there is something, on fresh pictures."""
+def share_named(model: ReadingTower, grid: int, held_out: bool, count: int = 100) -> dict[str, dict[str, float]]:
+    """By domain and kind of label: the share named right of what is there to name, on fresh pictures."""
     device, shares = next(model.parameters()).device, {}
     for name, domain in DOMAINS.items():
-        pictures = [domain.draw(np.random.default_rng((TEST_SEED, index))) for index in range(count)]
-        images = torch.stack([torch.from_numpy(pixels(picture.image)) for picture in pictures]).to(device)
-        labels = torch.stack([torch.from_numpy(patch_labels(picture, grid)) for picture in pictures]).to(device)
-        right = model(images, labels)["logits"].argmax(-1) == labels
-        shares[name] = right[labels > 0].float().mean().item()
+        pictures = [domain.draw(generator(TEST_SEED, index), held_out) for index in range(count)]
+        batch = default_collate([as_tensors(picture, grid) for picture in pictures])
+        named = model(**{key: value.to(device) for key, value in batch.items()})
+        shares[name] = {}
+        for kind in KINDS:
+            there = batch[kind] > 0
+            if there.any():
+                right = named[kind].argmax(-1).cpu() == batch[kind]
+                shares[name][kind] = round(right[there].float().mean().item(), 4)
     return shares
 
 
@@ -100,9 +123,10 @@ def train_tower(scale: str, folder: Path, deadline: float | None) -> bool:
     if log is None:
         return False
     model.tower.save_pretrained(folder)
-    result = {"named": share_named(model.eval(), grid), **describe_machine(), "log": log}
+    named = {style: share_named(model.eval(), grid, style == "held out") for style in ("seen", "held out")}
+    result = {"named": named, **describe_machine(), "log": log}
     (folder / "log.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["named"]))
+    print(json.dumps(named, indent=1))
     return True
 
 

@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
-from lab.arms import ABLATION, BASELINES, CENTRE, UPPER, Arm, make_config, make_model  # noqa: E402
+from lab.answers import processor_of  # noqa: E402
+from lab.arms import ABLATION, BASELINES, CENTRE, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
 from lab.costs import added_cost  # noqa: E402
-from lab.drawing import CANVAS, CLASSES, FONTS, HELD_OUT_FONTS, MORE_FONTS, generator  # noqa: E402
+from lab.drawing import FONTS, HELD_OUT_FONTS, MORE_FONTS, Turn, generator  # noqa: E402
 from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
-from lab.nano import make_processor, receipt_texts  # noqa: E402
+from lab.labels import CANVAS, COLOURS, KINDS, PLANES, Labels  # noqa: E402
+from lab.nano import make_processor  # noqa: E402
 from lab.report import Score, difference  # noqa: E402
 from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
@@ -61,8 +63,27 @@ def test_held_out_fonts_are_never_drawn_in_training():
     assert not {*FONTS, *MORE_FONTS} & set(HELD_OUT_FONTS)
 
 
-def shown(domain, facts) -> set[str]:
-    """The classes that must lie somewhere on a picture of these facts."""
+def cells(domain, facts) -> set[tuple]:
+    """The (line, place, name, column, number) that must be named somewhere on a picture of these facts."""
+    if domain is receipts:
+        return {(n, place, row.item, None, row.price) for n, row in enumerate(facts, 1) for place in (1, 2)}
+    if domain is charts:
+        named = {(None, n, name, None, v) for n, (name, v) in enumerate(zip(facts.names, facts.values), 1)}
+        return named | {(None, 1, None, None, None)}  # of the axis
+    if domain is tables:
+        named = {(1, place, None, letter, None) for place, letter in enumerate(facts.columns, 2)}
+        for line, (name, values) in enumerate(zip(facts.rows, facts.numbers), 2):
+            named.add((line, 1, name, None, None))
+            places = enumerate(zip(facts.columns, values), 2)
+            named |= {(line, place, name, letter, value) for place, (letter, value) in places}
+        return named
+    if domain is shapes:
+        return {(None,) * 5}
+    return {(n, place + 1, None, None, None) for n, line in enumerate(facts, 1) for place in range(len(line))}
+
+
+def glyphs(domain, facts) -> set[str]:
+    """The glyphs that must lie somewhere on a picture of these facts."""
     if domain is shapes:
         return {f"{shape.colour} {shape.name}" for shape in facts}
     if domain is charts:
@@ -74,22 +95,49 @@ def shown(domain, facts) -> set[str]:
     return set("".join(facts))
 
 
+def named(labels: Labels) -> dict[str, np.ndarray]:
+    """The maps with what their numbers stand for, None where there is nothing."""
+    return {kind: np.array([None, *values], object)[labels.maps[PLANES[kind]]] for kind, values in KINDS.items()}
+
+
 @pytest.mark.parametrize("domain", DOMAINS.values(), ids=DOMAINS)
 def test_labels_name_what_the_facts_say(domain):
-    for index in range(30):
+    for index in range(20):
         picture = domain.draw(generator(4, index), held_out=index % 2 == 1)
-        labelled = {CLASSES[i] for i in np.unique(np.asarray(picture.labels))} - {"blank"}
-        assert labelled == shown(domain, picture.facts)
-        assert picture.labels.size == picture.image.size
-        assert {CLASSES[i] for i in np.unique(patch_labels(picture, 12))} <= labelled | {"blank"}
+        maps = named(picture.labels)
+        is_marked = picture.labels.maps[PLANES["glyph"]] > 0
+        assert set(maps["glyph"][is_marked]) == glyphs(domain, picture.facts)
+        tens = np.ndenumerate(maps["tens"])
+        number = [None if ten is None else 10 * ten + maps["ones"][place] for place, ten in tens]
+        planes = [maps[kind] for kind in ("line", "place", "name", "column")]
+        planes.append(np.array(number, object).reshape(is_marked.shape))
+        assert set(zip(*(plane[is_marked] for plane in planes))) == cells(domain, picture.facts)
+        patches = patch_labels(picture, 12)
+        for kind, plane in PLANES.items():
+            assert set(np.unique(patches[kind])) <= set(np.unique(picture.labels.maps[plane])) | {0}
 
 
 def test_labels_lie_where_the_ink_is():
     picture = shapes.draw(generator(0, 1))
-    labels, pixels = np.asarray(picture.labels), np.asarray(picture.image).astype(int)
+    maps, pixels = named(picture.labels)["glyph"], np.asarray(picture.image).astype(int)
     for shape in picture.facts:
-        y, x = np.argwhere(labels == CLASSES.index(f"{shape.colour} {shape.name}")).mean(0).round().astype(int)
-        assert np.abs(pixels[y, x] - np.array(shapes.COLOURS[shape.colour])).max() < 60  # noise included
+        y, x = np.argwhere(maps == f"{shape.colour} {shape.name}").mean(0) * picture.image.width / CANVAS
+        assert np.abs(pixels[round(y), round(x)] - np.array(COLOURS[shape.colour])).max() < 60  # noise included
+
+
+def test_labels_turn_with_the_picture():
+    labels = Labels()
+    labels.mark(70, 46, 74, 50, glyph="a", number=42)  # right of the middle
+    labels.turn(90)
+    maps = named(labels)
+    assert np.argwhere(maps["glyph"] == "a").mean(0) == pytest.approx([23.5, 47.5], abs=1)  # above it
+    assert set(maps["tens"][maps["glyph"] == "a"]) == {4} and set(maps["ones"][maps["glyph"] == "a"]) == {2}
+
+
+def assert_selected(turn: Turn, lines: dict[str, str]):
+    """The answer has the lines of the names in the question, in its order."""
+    names = [word.strip(",.") for word in turn.question.split() if word.strip(",.") in lines]
+    assert names and turn.answer == "\n".join(lines[name] for name in names)
 
 
 def test_answers_about_charts_and_tables_agree_with_their_transcriptions():
@@ -99,6 +147,8 @@ def test_answers_about_charts_and_tables_agree_with_their_transcriptions():
         values = dict(line.split() for line in charts.ask(rng, chart, "transcribe").answer.splitlines())
         values = {name: int(value) for name, value in values.items()}
         assert charts.ask(rng, chart, "highest").answer == max(values, key=values.get)
+        turn = charts.ask(rng, chart, "select")
+        assert_selected(turn, {name: f"{name} {value}" for name, value in values.items()})
         turn = charts.ask(rng, chart, "above")
         limit = int("".join(filter(str.isdigit, turn.question)))
         assert int(turn.answer) == sum(value > limit for value in values.values())
@@ -109,6 +159,8 @@ def test_answers_about_charts_and_tables_agree_with_their_transcriptions():
         table = tables.draw(rng).facts
         head, *lines = [line.split() for line in tables.ask(rng, table, "transcribe").answer.splitlines()]
         cells = {(name, column): number for name, *numbers in lines for column, number in zip(head, numbers)}
+        turn = tables.ask(rng, table, "select")
+        assert_selected(turn, {name: " ".join((name, *numbers)) for name, *numbers in lines})
         turn = tables.ask(rng, table, "cell")
         words = [word.strip(",?") for word in turn.question.split()]
         assert turn.answer in {n for (row, column), n in cells.items() if row in words and column in words}
@@ -118,6 +170,10 @@ def test_answers_about_charts_and_tables_agree_with_their_transcriptions():
         assert turn.answer in largest
 
         lines = ocr.draw(rng).facts
+        rows = receipts.draw(rng).facts
+        turn = receipts.ask(rng, rows, "select")
+        assert_selected(turn, {row.item: f"{row.item} {row.price}" for row in rows})
+
         turn = ocr.ask(rng, lines, "line")
         assert turn.answer == lines[int("".join(filter(str.isdigit, turn.question))) - 1]
 
@@ -223,24 +279,16 @@ def test_interrupted_training_ends_where_the_uninterrupted_does(tower, tmp_path)
     assert train(second, data, tmp_path / "parts", settings, 0) is not None
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], weight, rtol=0, atol=1e-6)
-        assert "heads" not in name or not torch.equal(first.state_dict()[name], weight)
+        assert "glyphs" not in name or not torch.equal(first.state_dict()[name], weight)
 
 
-def test_nano_checkpoint_is_what_its_training_builds():
-    shipped = LlavaVrConfig.from_pretrained(ROOT)
-    processor = make_processor(receipt_texts(), 3)
-    assert processor.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(ROOT).get_vocab()
-    built = make_config(Arm("avg_pool", 3, "ours"), CLIPVisionModel(shipped.vision_config), processor.tokenizer)
-    same = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "eos_token_id",
-    )
+def test_shipped_checkpoint_is_a_nano_arm():
+    shipped, processor = LlavaVrConfig.from_pretrained(ROOT), processor_of(NANO)
+    built = make_config(NANO, CLIPVisionModel(shipped.vision_config), processor.tokenizer)
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     assert all(getattr(built.text_config, name) == getattr(shipped.text_config, name) for name in same)
-    own = [name for name in built.to_dict() if name.startswith(("remember", "projector", "image", "vision_feature"))]
+    own = [name for name in built.to_dict() if name.startswith(("remember", "projector", "vision_feature"))]
+    own += ["image_merge_type", "image_aspect_ratio"]
     assert {name: getattr(built, name) for name in own} == {name: getattr(shipped, name) for name in own}
 
 

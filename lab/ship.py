@@ -1,0 +1,45 @@
+"""Trains the nano model on all domains, unless that is done, and writes its checkpoint folder, complete with code.
+
+    python -m lab.ship --scale cpu --output lab/runs/nano
+
+It starts from the tower and the decoder of the laboratory, which are trained first where they are missing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from lab.answers import processor_of, train_arm
+from lab.arms import NANO, UPPER
+from lab.tower import train_tower
+from lab.training import add_options, deadline_of, read_config
+from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
+
+
+def save(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, folder: Path) -> None:
+    """Write the whole checkpoint folder: weights, configuration, processor and code."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "modeling_llava_vr.LlavaVrModel"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    """Train all three stages as far as they are not done, and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--output", type=Path, required=True, help="where to write the checkpoint folder")
+    args = parser.parse_args()
+    deadline = deadline_of(args)
+    if not train_tower(args.scale, args.runs / args.scale / "tower", deadline):
+        return
+    for arm, stage in ((UPPER, "upper"), (NANO, "nano")):
+        trained = train_arm(arm, args.scale, read_config(stage)["seed"], args.runs, deadline)
+        if trained is None:
+            return
+    save(trained[0], processor_of(NANO), args.output)
+
+
+if __name__ == "__main__":
+    main()
