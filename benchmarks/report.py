@@ -113,6 +113,10 @@ def cache_ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
     return ours["image_cache_bytes"] / other["image_cache_bytes"]
 
 
+def training(stage: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda result: next((run["time_ratio"] for run in result["stages"] if run["stage"] == stage), None)
+
+
 FIGURES = [
     *(
         Figure(
@@ -177,6 +181,11 @@ FIGURES = [
         worst("DeepSeek-VL-7B", stage_ratio("first token")),
         ("cuda",),
     ),
+    *(
+        Figure(f"training step with four modules over none, stage {stage}", 1.15, "training", training(stage))
+        for stage in ("projector", "projector+remember", "lora", "full")
+    ),
+    Figure("training: share of time that waits for data", 0.05, "training", lambda r: r["waiting_share"]),
     Figure("loading: peak memory over the weights", 1.1, "loading", lambda r: r["loading"]["peak_over_file"], ("cpu",)),
 ]
 
@@ -194,7 +203,7 @@ def cell(figure: Figure, device: str, results: Path) -> str:
     if value is None:
         return "open"
     median, text = (value[0], show(value)) if isinstance(value, list) else (value, f"{value:.3g}")
-    sibling = ", 0.5B sibling" if figure.file != "module" and result["scale"] == "small" else ""
+    sibling = ", 0.5B sibling" if figure.file in ("prefill", "loading") and result["scale"] == "small" else ""
     return f"{text}, {'holds' if median <= figure.limit else 'missed'}{sibling}"
 
 

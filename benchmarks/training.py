@@ -2,13 +2,14 @@
 the modules and without; and how long a step waits for its data with two workers.
 
 One tile of 336 x 336 pixels becomes 144 vision tokens (4-to-1), four modules stand in the decoder, weights are random.
-The tower is frozen. The two models take turns on the same batch. Memory is the peak of a process of its own that trains
-for two steps. What is measured is skipped, so a command that was cut off goes on.
+The tower is frozen. The two models, of shared weights, take turns on the same batch. Memory is the peak of a process of
+its own that trains for two steps. What is measured is skipped, so a command that was cut off goes on.
 
     python -m benchmarks.training                           # a small model, minutes on two cores
     python -m benchmarks.training --scale full --steps 5    # a decoder of 0.5B dimensions
 """
 
+import copy
 import multiprocessing
 import re
 import runpy
@@ -97,6 +98,16 @@ class Training:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
+    def without_modules(self, size: str) -> "Training":
+        """The same weights and the same optimizer without the modules: two models of 0.5B would not fit."""
+        twin, trained = copy.copy(self), getattr(self.model, "get_base_model", lambda: self.model)()
+        with torch.device("meta"):
+            twin.model = LlavaVrForConditionalGeneration(make_config(size, [])).train()
+        for part in ("vision_tower", "multi_modal_projector", "language_model"):
+            setattr(twin.model.model, part, getattr(trained.model, part))
+        twin.model.lm_head = trained.lm_head
+        return twin
+
     def __call__(self, batch: dict[str, torch.Tensor]) -> float:
         """Seconds of one step."""
         start = time.perf_counter()
@@ -132,7 +143,8 @@ def measure(stage: str, args) -> dict:
         name: in_a_process(peak_bytes, args.scale, stage, layers, args.device, args.batch_size)
         for name, layers in variants.items()
     }
-    trainings = {name: Training(args.scale, stage, layers, args.device) for name, layers in variants.items()}
+    trainings = {"with": Training(args.scale, stage, None, args.device)}
+    trainings["without"] = trainings["with"].without_modules(args.scale)
     batch = make_collator()([Chats(args.batch_size)[i] for i in range(args.batch_size)])
     seconds = {name: [] for name in variants}
     for step in tqdm(range(args.steps + 1), desc=stage):
