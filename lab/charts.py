@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import Canvas, Picture, Turn, phrase
+from lab.drawing import Canvas, Picture, Turn, ask_selection, phrase
 from lab.labels import CANVAS, COLOURS, KEYS, MAX_VALUE
 
 
@@ -64,14 +64,11 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
 def ask(rng: np.random.Generator, chart: Chart, kind: str) -> Turn:
     """A question of one kind about the chart, with its answer."""
     first, second = (int(i) for i in rng.choice(len(chart.names), 2, replace=False))
+    lines = {name: f"{name} {value}" for name, value in zip(chart.names, chart.values)}
     if kind == "transcribe":
-        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(f"{n} {v}" for n, v in zip(chart.names, chart.values)))
+        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(lines.values()))
     if kind == "select":
-        chosen = rng.permutation(len(chart.names))[: rng.integers(2, len(chart.names) + 1)]
-        names = ", ".join(chart.names[i] for i in chosen)
-        return Turn(
-            kind, phrase(rng, SELECT, names=names), "\n".join(f"{chart.names[i]} {chart.values[i]}" for i in chosen)
-        )
+        return ask_selection(rng, SELECT, lines, least=2)
     if kind == "value":
         return Turn(kind, phrase(rng, VALUE, name=chart.names[first]), str(chart.values[first]))
     if kind == "highest":

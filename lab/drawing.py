@@ -149,3 +149,10 @@ def phrase(rng: np.random.Generator, templates: tuple[str, ...], **values: objec
     if rng.random() < 0.4:
         text = text[0].lower() + text[1:]
     return text[:-1] if rng.random() < 0.25 else text
+
+
+def ask_selection(rng: np.random.Generator, templates: tuple[str, ...], lines: dict[str, str], least: int = 1) -> Turn:
+    """Asks for at least so many of the lines, by their names, in an order of its own."""
+    names = list(lines)
+    chosen = [names[i] for i in rng.permutation(len(names))[: rng.integers(least, len(names) + 1)]]
+    return Turn("select", phrase(rng, templates, names=", ".join(chosen)), "\n".join(lines[name] for name in chosen))

@@ -19,6 +19,7 @@ from lab.drawing import (
     Picture,
     Turn,
     add_noise,
+    ask_selection,
     draw_colours,
     generator,
     load_font,
@@ -153,12 +154,11 @@ def made_up_word(rng: np.random.Generator) -> str:
 def ask(rng: np.random.Generator, rows: tuple[Row, ...], kind: str) -> Turn:
     """A question of one kind about the rows, with its answer."""
     row = rows[rng.integers(len(rows))]
+    lines = {row.item: f"{row.item} {row.price}" for row in rows}
     if kind == "transcribe":
-        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(f"{row.item} {row.price}" for row in rows))
+        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(lines.values()))
     if kind == "select":
-        chosen = [rows[i] for i in rng.permutation(len(rows))[: rng.integers(1, len(rows) + 1)]]
-        question = phrase(rng, SELECT, names=", ".join(row.item for row in chosen))
-        return Turn(kind, question, "\n".join(f"{row.item} {row.price}" for row in chosen))
+        return ask_selection(rng, SELECT, lines)
     if kind == "price":
         return Turn(kind, phrase(rng, PRICE, item=row.item), str(row.price))
     if kind == "item":

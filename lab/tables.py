@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import Canvas, Picture, Turn, phrase
+from lab.drawing import Canvas, Picture, Turn, ask_selection, phrase
 from lab.labels import CANVAS, KEYS, ROWS
 
 
@@ -62,13 +62,11 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
 
 def ask(rng: np.random.Generator, table: Table, kind: str) -> Turn:
     """A question of one kind about the table, with its answer."""
-    lines = [" ".join((name, *map(str, values))) for name, values in zip(table.rows, table.numbers)]
+    lines = {name: " ".join((name, *map(str, values))) for name, values in zip(table.rows, table.numbers)}
     if kind == "select":
-        chosen = rng.permutation(len(lines))[: rng.integers(1, len(lines) + 1)]
-        names = ", ".join(table.rows[i] for i in chosen)
-        return Turn(kind, phrase(rng, SELECT, names=names), "\n".join(lines[i] for i in chosen))
+        return ask_selection(rng, SELECT, lines)
     if kind == "transcribe":
-        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join((" ".join(table.columns), *lines)))
+        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join((" ".join(table.columns), *lines.values())))
     row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
     if kind == "cell":
         question = phrase(rng, CELL, row=table.rows[row], column=table.columns[column])
