@@ -238,9 +238,7 @@ def main() -> None:
             lines += ["", *section(scale)]
         else:
             lines += ["", f"## Scale {scale}", "", f"Not run. `python -m lab.table --scale {scale}` runs it."]
-    notes = RESULTS.parent / "NOTES.md"
-    if notes.is_file():
-        lines += ["", notes.read_text().strip()]
+    lines += ["", "[NOTES.md](NOTES.md) says what was tried."]
     args.output.write_text("\n".join(lines) + "\n")
 
 
