@@ -181,6 +181,8 @@ class LlavaVrConfig(PreTrainedConfig):
             Decoder layers after which a Vision Remember module stands; [] for none.
         remember_hidden_size (`int`, defaults to 1024), remember_num_heads (`int`, defaults to 16):
             Width and heads of the module's attention.
+        remember_num_key_value_heads (`int`, *optional*):
+            Heads of its keys and values, each shared by as many heads of the query; null for one of each.
         remember_window (`int`, *optional*):
             Features per side that a vision token sees; null for those of its region. Larger windows overlap.
         image_aspect_ratio (`str`, defaults to `"anyres"`):
@@ -212,6 +214,7 @@ class LlavaVrConfig(PreTrainedConfig):
     remember_layers: list[int] | None = None
     remember_hidden_size: int = 1024
     remember_num_heads: int = 16
+    remember_num_key_value_heads: int | None = None
     remember_window: int | None = None
     image_aspect_ratio: str = "anyres"
     image_merge_type: str = "spatial_unpad"
@@ -263,6 +266,8 @@ class LlavaVrConfig(PreTrainedConfig):
             self.remember_feature_layers = sorted({round(depth * level / 24) for level in (13, 18, 23)})
         if self.remember_layers is None:
             self.remember_layers = sorted({self.text_config.num_hidden_layers * i // 4 for i in range(4)})
+        if self.remember_num_key_value_heads is None:
+            self.remember_num_key_value_heads = self.remember_num_heads
         if self.image_grid_pinpoints is None:
             tilings = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
             self.image_grid_pinpoints = [[rows * tile, columns * tile] for rows, columns in tilings]
@@ -393,6 +398,9 @@ class LlavaVrConfig(PreTrainedConfig):
         width, heads = self.remember_hidden_size, self.remember_num_heads
         if heads < 1 or width < 1 or width % heads:
             raise ValueError(f"remember_num_heads must divide remember_hidden_size {width}, found {heads}.")
+        shared = self.remember_num_key_value_heads
+        if shared < 1 or heads % shared:
+            raise ValueError(f"remember_num_key_value_heads must divide remember_num_heads {heads}, found {shared}.")
         region, window = self.region_size, self.window_size
         if window < region:
             raise ValueError(

@@ -400,10 +400,12 @@ class VisionRemember(nn.Module):
         super().__init__()
         hidden_size, width = config.text_config.hidden_size, config.remember_hidden_size
         self.num_heads, self.has_padding = config.remember_num_heads, config.windows_are_padded
+        self.num_key_value_heads = config.remember_num_key_value_heads
+        key_value_width = width // self.num_heads * self.num_key_value_heads
         self.query_norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.query = nn.Linear(hidden_size, width, bias=False)
-        self.key = nn.Linear(config.memory_size, width, bias=False)
-        self.value = nn.Linear(config.memory_size, width, bias=False)
+        self.key = nn.Linear(config.memory_size, key_value_width, bias=False)
+        self.value = nn.Linear(config.memory_size, key_value_width, bias=False)
         self.out = nn.Linear(width, hidden_size)
         self.window_bias = nn.Parameter(torch.zeros(config.remember_num_heads, config.window_size**2))
 
@@ -420,24 +422,25 @@ class VisionRemember(nn.Module):
             The update of the hidden states `(tokens, hidden_size)`, zero where not valid, and the attention weights
             `(tokens, heads, window * window)`.
         """
-        heads = (self.num_heads, -1)
-        query = self.query(self.query_norm(hidden_states)).unflatten(-1, heads)  # (tokens, heads, head_dim)
+        groups = (self.num_key_value_heads, -1)  # g heads share a head k of keys and values
+        query = self.query(self.query_norm(hidden_states)).unflatten(-1, (self.num_heads, -1)).unflatten(1, groups)
         if self._projects_last(memory.shape[1]):
-            key, value = (layer.weight.unflatten(0, heads) for layer in (self.key, self.value))  # (heads, head_dim, M)
-            scores = torch.einsum("nhd,hdm->nhm", query, key) @ memory.transpose(1, 2)  # (tokens, heads, window)
+            key, value = (layer.weight.unflatten(0, groups) for layer in (self.key, self.value))  # (k, head_dim, M)
+            scores = torch.einsum("nkgd,kdm->nkgm", query, key).flatten(1, 2) @ memory.transpose(1, 2)
             weights = self._weigh(scores, memory)
-            read = torch.einsum("nhm,hdm->nhd", weights @ memory, value)
+            read = torch.einsum("nkgm,kdm->nkgd", (weights @ memory).unflatten(1, groups), value)
         else:
-            key = self.key(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
-            value = self.value(memory).unflatten(-1, heads)  # (tokens, window, heads, head_dim)
-            weights = self._weigh(torch.einsum("nhd,nwhd->nhw", query, key), memory)
-            read = torch.einsum("nhw,nwhd->nhd", weights, value)
+            key = self.key(memory).unflatten(-1, groups)  # (tokens, window, k, head_dim)
+            value = self.value(memory).unflatten(-1, groups)  # (tokens, window, k, head_dim)
+            weights = self._weigh(torch.einsum("nkgd,nwkd->nkgw", query, key).flatten(1, 2), memory)
+            read = torch.einsum("nkgw,nwkd->nkgd", weights.unflatten(1, groups), value)
         return self.out(read.flatten(1)).masked_fill(~valid[:, None], 0), weights
 
     def _projects_last(self, entries: int) -> bool:
         """Whether q is taken to the memory's space and v made of what was read: the same numbers, and less work than
         to project every entry from nine on. It reads the weights of the layers, which an adapter would go around."""
-        return entries > 4 and type(self.key) is type(self.value) is nn.Linear
+        is_less = entries * self.num_key_value_heads > 4 * self.num_heads
+        return is_less and type(self.key) is type(self.value) is nn.Linear
 
     def _weigh(self, scores: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Attention weights `(tokens, heads, window * window)` from products of queries and keys of that shape."""

@@ -199,18 +199,20 @@ def _without_projector(part: Part) -> Part:
 
 def _remember_sizes(source: Source, layer: int, handles: dict[str, Handle]) -> dict[str, Any]:
     """Width, heads and window of the modules, from the shapes of one's tensors."""
+    tensors = ("query.weight", "key.weight", "window_bias")
     try:
-        query, bias = (handles[f"model.vision_remember.{layer}.{k}"].shape for k in ("query.weight", "window_bias"))
-        (width, _), (heads, window) = query, bias
+        query, key, bias = (handles[f"model.vision_remember.{layer}.{k}"].shape for k in tensors)
+        (width, _), (shared, _), (heads, window) = query, key, bias
     except (KeyError, ValueError):
         raise ConversionError(
-            f"{source.folder}: model.vision_remember.{layer} needs query.weight (width, hidden_size) and window_bias "
-            "(heads, window * window): name the source's own with --map."
+            f"{source.folder}: model.vision_remember.{layer} needs query.weight (width, hidden_size), key.weight "
+            "and window_bias (heads, window * window): name the source's own with --map."
         ) from None
     side = math.isqrt(window)
     return {
         "remember_hidden_size": width,
         "remember_num_heads": heads,
+        "remember_num_key_value_heads": shared * heads // width,
         "remember_window": None if side == source.config["projector_downsample"] else side,
     }
 

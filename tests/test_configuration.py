@@ -228,6 +228,8 @@ def test_loads_a_llava_next_configuration(tiny_config):
         ({"remember_layers": [0, 0]}, "remember_layers must be different"),
         ({"remember_num_heads": 3}, "remember_num_heads must divide remember_hidden_size 16, found 3"),
         ({"remember_num_heads": 0}, "remember_num_heads must divide remember_hidden_size 16, found 0"),
+        ({"remember_num_key_value_heads": 0}, "remember_num_key_value_heads must divide remember_num_heads 2, found 0"),
+        ({"remember_num_key_value_heads": 4}, "remember_num_key_value_heads must divide remember_num_heads 2, found 4"),
         ({"remember_hidden_size": 0}, "remember_num_heads must divide remember_hidden_size 0"),
         ({"remember_window": 0}, "remember_window must be null or at least 2, .* projector_downsample 2; found 0"),
         ({"remember_window": 1}, "remember_window must be null or at least 2, .* projector_downsample 2; found 1"),

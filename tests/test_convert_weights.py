@@ -42,6 +42,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llava_vr import LlavaVrForConditionalGeneration
 from llava_vr.conversion import companions, plan, sources, templates
 from llava_vr.conversion.readers import ConversionError
 from llava_vr.convert_weights import convert, main
@@ -815,7 +816,9 @@ def test_llava_vr_research(foreign, tmp_path, clip_folder, save_tokenizer):
     folder = source.save(tmp_path / "source")
     save_tokenizer(folder)
     convert(folder, tmp_path / "without", vision_tower=clip_folder, remember_layers=[1])
-    model = randomize(load(tmp_path / "without"), 8)
+    config = load(tmp_path / "without").config
+    config.remember_num_key_value_heads = 4
+    model = randomize(LlavaVrForConditionalGeneration(config), 8).eval()
     tensors, maps = {}, []
     for name, tensor in model.state_dict().items():
         name = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
@@ -834,6 +837,7 @@ def test_llava_vr_research(foreign, tmp_path, clip_folder, save_tokenizer):
     convert(folder, tmp_path / "out", vision_tower=clip_folder, maps=maps)
     found = load(tmp_path / "out")
     assert found.config.remember_layers == [1] and found.config.remember_hidden_size == 1024
+    assert found.config.remember_num_key_value_heads == 4
     inputs = make_inputs(found.config, SIZES)
     assert torch.equal(logits(found, inputs), logits(model, inputs))
     inputs_without = logits(load(tmp_path / "without"), inputs)

@@ -218,14 +218,16 @@ def test_a_layer_that_was_replaced_is_called(tiny_config, layer):
     torch.testing.assert_close(adapted(*inputs), doubled(*inputs))
 
 
+@pytest.mark.parametrize("shared", [2, 1])
 @pytest.mark.parametrize("window", [2, 3])
-def test_the_module_is_attention_over_the_window(tiny_config, window):
+def test_the_module_is_attention_over_the_window(tiny_config, window, shared):
     """Against attention written out, one head and token at a time, with padding and tokens without a region.
 
-    Windows of four entries and of nine take the products in different orders.
+    Windows of four entries and of nine take the products in different orders. Both heads of the query have keys and
+    values of their own, or share them.
     """
     torch.manual_seed(0)
-    config = tiny_config(remember_window=window, projector_downsample=2)
+    config = tiny_config(remember_window=window, projector_downsample=2, remember_num_key_value_heads=shared)
     module = VisionRemember(config)
     module.has_padding = True
     for parameter in module.parameters():
@@ -242,9 +244,10 @@ def test_the_module_is_attention_over_the_window(tiny_config, window):
         kept = [i for i in range(entries) if memory[token, i].any()]
         heads = []
         for head, part in enumerate((slice(0, 8), slice(8, 16))):
-            scores = key[token, kept, part] @ query[token, part] / 8**0.5 + module.window_bias[head, kept]
+            read = part if shared == 2 else slice(0, 8)
+            scores = key[token, kept, read] @ query[token, part] / 8**0.5 + module.window_bias[head, kept]
             torch.testing.assert_close(weights[token, head, kept], scores.softmax(0))
-            heads.append(scores.softmax(0) @ value[token, kept, part])
+            heads.append(scores.softmax(0) @ value[token, kept, read])
         torch.testing.assert_close(update[token], module.out(torch.cat(heads)))
     assert (weights[1, :, 2:] == 0).all() and (update[3] == 0).all()
 
