@@ -438,7 +438,8 @@ class VisionRemember(nn.Module):
 
     def _projects_last(self, entries: int) -> bool:
         """Whether q is taken to the memory's space and v made of what was read: the same numbers, and less work than
-        to project every entry from nine on. It reads the weights of the layers, which an adapter would go around."""
+        to project every entry where entries are many, from nine on if every head has its own keys and values. It reads
+        the weights of the layers, which an adapter would go around."""
         is_less = entries * self.num_key_value_heads > 4 * self.num_heads
         return is_less and type(self.key) is type(self.value) is nn.Linear
 

@@ -202,7 +202,7 @@ def _remember_sizes(source: Source, layer: int, handles: dict[str, Handle]) -> d
     tensors = ("query.weight", "key.weight", "window_bias")
     try:
         query, key, bias = (handles[f"model.vision_remember.{layer}.{k}"].shape for k in tensors)
-        (width, _), (shared, _), (heads, window) = query, key, bias
+        (width, _), (key_width, _), (heads, window) = query, key, bias
     except (KeyError, ValueError):
         raise ConversionError(
             f"{source.folder}: model.vision_remember.{layer} needs query.weight (width, hidden_size), key.weight "
@@ -212,7 +212,7 @@ def _remember_sizes(source: Source, layer: int, handles: dict[str, Handle]) -> d
     return {
         "remember_hidden_size": width,
         "remember_num_heads": heads,
-        "remember_num_key_value_heads": shared * heads // width,
+        "remember_num_key_value_heads": key_width * heads // width,
         "remember_window": None if side == source.config["projector_downsample"] else side,
     }
 

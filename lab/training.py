@@ -23,7 +23,7 @@ SCALES = ("cpu", "gpu")
 
 
 def read_config(stage: str) -> dict[str, Any]:
-    """The configuration file of a stage: tower, upper or compressed."""
+    """The configuration file of a stage: tower, upper, compressed or nano."""
     return json.loads((CONFIGS / f"{stage}.json").read_text())
 
 
