@@ -1,6 +1,6 @@
 """Trains and measures every model of the table, one after the other; each result is a file in lab/results.
 
-    python -m lab.table --scale cpu                  # at 16 to 1: two projectors, two rivals, shared heads; hours on two cores
+    python -m lab.table --scale cpu                  # 16 to 1: two projectors, two rivals, shared heads; hours
     python -m lab.table --scale gpu --minutes 9      # a piece of the whole table; the same command goes on
     python -m lab.table --scale gpu --list           # what there is to do
 
