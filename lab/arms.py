@@ -23,6 +23,7 @@ class Arm:
         projector, downsample: as in the configuration; s x s patches become one token.
         module: one of `baselines.MODULES`, or "none", or "wide" for a wider projector instead.
         layers, levels, window: of the module; None for those of the configuration file.
+        shared: heads of the module's keys and values; None for as many as of the query.
     """
 
     projector: str
@@ -31,13 +32,14 @@ class Arm:
     layers: tuple[int, ...] | None = None
     levels: tuple[int, ...] | None = None
     window: int | None = None
+    shared: int | None = None
 
     @property
     def name(self) -> str:
         parts = [f"{self.projector}-{self.downsample**2}", self.module.replace(" ", "_")]
-        for letter, value in (("layers", self.layers), ("levels", self.levels), ("window", self.window)):
-            if value is not None:
-                parts.append(letter + "_".join(map(str, value if isinstance(value, tuple) else (value,))))
+        for field in ("layers", "levels", "window", "shared"):
+            if (value := getattr(self, field)) is not None:
+                parts.append(field + "_".join(map(str, value if isinstance(value, tuple) else (value,))))
         return "-".join(parts)
 
 
@@ -46,10 +48,12 @@ NANO = Arm("avg_pool", 3, "ours")  # what the root of the repository holds
 PAIRS = [Arm(p, s, module) for s in (4, 2) for p in PROJECTORS for module in ("none", "ours")]
 CENTRE = Arm("avg_pool", 4, "ours")
 BASELINES = [replace(CENTRE, module=module) for module in ("wide", "deepstack", "sva", "global")]
+SHARED = (2, 1)  # heads of keys and values, of eight
 ABLATION = [
     *(replace(CENTRE, layers=layers) for layers in ((0,), (2,), (4,), (0, 2), (0, 2, 4), (2, 3, 4))),
     *(replace(CENTRE, levels=levels) for levels in ((2,), (4,), (6,))),
     *(replace(CENTRE, window=window) for window in (6, 8)),
+    *(replace(CENTRE, shared=heads) for heads in SHARED),
     *(replace(CENTRE, module=module) for module in ("no bias", "mean")),
 ]
 STAGES = {UPPER: "upper", NANO: "nano"}  # whose configuration files these train by; "compressed" for all others
@@ -57,6 +61,7 @@ ARMS = {
     "cpu": [
         *(arm for arm in PAIRS if arm.downsample == 4 and arm.projector in ("avg_pool", "tokenpacker")),
         *(arm for arm in BASELINES if arm.module in ("deepstack", "sva")),
+        *(arm for arm in ABLATION if arm.shared),
     ],
     "gpu": [*PAIRS, *BASELINES, *ABLATION],
 }
@@ -86,6 +91,7 @@ def make_config(arm: Arm, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizer
         projector_downsample=arm.downsample,
         vision_feature_layer=-1,
         remember_window=arm.window,
+        remember_num_key_value_heads=arm.shared,
         image_aspect_ratio="pad",
         image_merge_type="flat",
         **remember,
