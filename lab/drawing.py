@@ -1,5 +1,6 @@
 """What all drawn domains share: fonts, colours, a canvas that keeps account of what lies where, and questions."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,8 +21,10 @@ FONTS = (
     "DejaVuSerif-Bold",
     "DejaVuSansMono",
     "DejaVuSansMono-Bold",
+    "STIXGeneral",
+    "cmr10",
+    "cmss10",
 )
-MORE_FONTS = ("STIXGeneral", "cmr10", "cmss10")  # not of price lists
 HELD_OUT_FONTS = ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "DejaVuSansMono-Oblique", "STIXGeneralBol", "cmtt10")
 
 
@@ -91,12 +94,15 @@ class Canvas:
     def __init__(self, rng: np.random.Generator, held_out: bool = False):
         self.rng, self.scale = rng, rng.uniform(1, 3)
         self.paper, self.ink = draw_colours(rng)
-        fonts = HELD_OUT_FONTS if held_out else FONTS + MORE_FONTS
+        fonts = HELD_OUT_FONTS if held_out else FONTS
         self.font_name = fonts[rng.integers(len(fonts))]
+        self.slant = 0 if held_out or rng.random() < 0.5 else rng.uniform(-0.15, 0.35)
         side = round(CANVAS * self.scale)
         self.image, self.labels = Image.new("RGB", (side, side), self.paper), Labels()
         self.pen = ImageDraw.Draw(self.image)
         self.set_font(12)
+        if not held_out and rng.random() < 0.3:
+            self.clutter()
 
     def set_font(self, size: float):
         self.font = load_font(self.font_name, round(size * self.scale))
@@ -117,10 +123,28 @@ class Canvas:
 
     def text(self, x: float, y: float, text: str, **labels):
         """Writes a line whose upper left corner is (x, y). A character's place is its own, if none is given."""
-        self.pen.text((x * self.scale, y * self.scale), text, fill=self.ink, font=self.font)
+        self.write(x * self.scale, y * self.scale, text)
         for i, character in enumerate(text):
             edges = (x + self.width(text[:i]), y, x + self.width(text[: i + 1]), y + self.line_height)
             self.labels.mark(*edges, **{"glyph": character, "place": i + 1, **labels})
+
+    def write(self, x: float, y: float, text: str):
+        """Draws a text, in pixels; slanted, if letters slant here, around the middle of its height."""
+        if not self.slant:
+            self.pen.text((x, y), text, fill=self.ink, font=self.font)
+            return
+        left, top, height = math.floor(x), math.floor(y), sum(self.font.getmetrics())
+        mask = Image.new("L", (round(self.font.getlength(text)) + 2 * height, height))
+        ImageDraw.Draw(mask).text((height + x - left, y - top), text, fill=255, font=self.font)
+        slanted = (1, self.slant, -self.slant * height / 2, 0, 1, 0)
+        mask = mask.transform(mask.size, Image.Transform.AFFINE, slanted, Image.Resampling.BICUBIC)
+        self.image.paste(self.ink, (left - height, top), mask)
+
+    def clutter(self):
+        """One to three thin lines from edge to edge, anywhere."""
+        for across in self.rng.random(self.rng.integers(1, 4)) < 0.7:
+            at = self.rng.uniform(0, CANVAS)
+            self.line([(0, at), (CANVAS, at)] if across else [(at, 0), (at, CANVAS)], 0.5)
 
     def box(self, left: float, top: float, right: float, bottom: float, shape="rectangle", **options):
         """Draws Pillow's shape of this name."""

@@ -14,8 +14,8 @@ KINDS = ("transcribe", "line")
 
 
 def draw_text(rng: np.random.Generator) -> str:
-    """A pronounceable word, or letters and digits in any order, of three to six characters."""
-    length = int(rng.integers(3, 7))
+    """A pronounceable word, or letters and digits in any order, of three to five characters."""
+    length = int(rng.integers(3, 6))
     if rng.random() < 0.5:
         letters = ("bcdfghjklmnprstvwz", "aeiou")
         return "".join(letters[i % 2][rng.integers(len(letters[i % 2]))] for i in range(length))
@@ -28,13 +28,13 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     lines = [draw_text(rng) for _ in range(rng.integers(1, MAX_LINES + 1))]
     width = lambda: max(map(canvas.width, lines))  # noqa: E731
     height = lambda: canvas.line_height * len(lines)  # noqa: E731
-    canvas.fit_font(rng.uniform(12, 20), 8, lambda: width() <= CANVAS - 12 and height() <= CANVAS - 10)
+    canvas.fit_font(rng.uniform(15, 22), 8, lambda: width() <= CANVAS - 12 and height() <= CANVAS - 10)
     pitch = canvas.line_height * rng.uniform(1, min(1.3, (CANVAS - 10) / height()))
     left, top = rng.uniform(5, CANVAS - 5 - width()), rng.uniform(4, CANVAS - 4 - pitch * len(lines))
     for number, line in enumerate(lines):
         indent = (width() - canvas.width(line)) / 2 if held_out else 0
         canvas.text(left + indent, top + number * pitch, line, line=number + 1)
-    return canvas.finish(lines, angle=rng.uniform(-5, 5) if rng.random() < 0.6 else 0)
+    return canvas.finish(lines, angle=rng.uniform(-4, 4) if rng.random() < 0.6 else 0)
 
 
 def ask(rng: np.random.Generator, lines: list[str], kind: str) -> Turn:

@@ -24,7 +24,7 @@ DOMAINS: dict[str, ModuleType] = {
     "receipt": receipts,
     "shapes": shapes,
 }
-SHARES = (0.25, 0.25, 0.25, 0.15, 0.1)  # of training
+SHARES = (0.3, 0.3, 0.2, 0.15, 0.05)  # of training
 
 
 def draw_sample(seed: int, index: int) -> tuple[np.random.Generator, ModuleType, Picture]:
