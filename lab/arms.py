@@ -58,11 +58,7 @@ ABLATION = [
 ]
 STAGES = {UPPER: "upper", NANO: "nano"}  # whose configuration files these train by; "compressed" for all others
 ARMS = {
-    "cpu": [
-        *(arm for arm in PAIRS if arm.downsample == 4 and arm.projector in ("avg_pool", "tokenpacker")),
-        *(arm for arm in BASELINES if arm.module in ("deepstack", "sva")),
-        *(arm for arm in ABLATION if arm.shared),
-    ],
+    "cpu": [arm for arm in PAIRS if arm.downsample == 4 and arm.projector in ("avg_pool", "tokenpacker")],
     "gpu": [*PAIRS, *BASELINES, *ABLATION],
 }
 

@@ -27,6 +27,7 @@ READING = ("ocr", "table", "chart")  # "mean" below is theirs
 DOMAINS = (*READING, "receipt", "shapes")
 STYLES = ("seen", "held out")
 DRAWS = 2000
+FOLLOWED = [UPPER.name, *(arm.name for arm in (*ARMS["cpu"], *BASELINES))]  # whose curves are drawn
 
 
 @dataclass
@@ -147,7 +148,7 @@ def plot_tokens(scores: dict[str, Score], folder: Path):
 def plot_attention(scores: dict[str, Score], folder: Path):
     """Attention of the question's last token on vision tokens, by layer: the paper's figure of forgetting."""
     figure, axes = new_axes("decoder layer", "attention on vision tokens (share)")
-    for name in (UPPER.name, *(arm.name for arm in ARMS["cpu"])):
+    for name in FOLLOWED:
         if name in scores:
             axes.plot(np.mean([run["attention"] for run in scores[name].runs], axis=0), "o-", label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -158,7 +159,7 @@ def plot_attention(scores: dict[str, Score], folder: Path):
 
 def plot_losses(scores: dict[str, Score], folder: Path):
     figure, axes = new_axes("step", "training loss")
-    for name in (UPPER.name, *(arm.name for arm in ARMS["cpu"])):
+    for name in FOLLOWED:
         if name in scores:
             axes.plot(*zip(*scores[name].runs[0]["losses"]), label=name)
     axes.set_yscale("log")

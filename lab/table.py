@@ -1,8 +1,9 @@
 """Trains and measures every model of the table, one after the other; each result is a file in lab/results.
 
-    python -m lab.table --scale cpu                  # 16 to 1: two projectors, two rivals, shared heads; hours
-    python -m lab.table --scale gpu --minutes 9      # a piece of the whole table; the same command goes on
-    python -m lab.table --scale gpu --list           # what there is to do
+    python -m lab.table --scale cpu                               # two projectors at 16 to 1, with and without; hours
+    python -m lab.table --scale cpu --arms avg_pool-16-deepstack  # another row at the same scale
+    python -m lab.table --scale gpu --minutes 9                   # a piece of the whole table; the same command goes on
+    python -m lab.table --scale gpu --list                        # what there is to do
 
 What is done is skipped. `python -m lab.report` writes lab/RESULTS.md from the files.
 """
@@ -11,6 +12,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -40,10 +42,11 @@ def fastv_answer(keep: int):
     return pruned
 
 
-def jobs(scale: str) -> list[tuple[Arm, int]]:
-    """The models to train, the upper bound first."""
+def jobs(scale: str, names: Collection[str] | None = None) -> list[tuple[Arm, int]]:
+    """The models to train, the upper bound first; those of the scale if no others are named."""
     seeds = read_config("compressed")["seeds"][scale]
-    return [(UPPER, read_config("upper")["seed"])] + [(arm, seed) for seed in seeds for arm in ARMS[scale]]
+    arms = ARMS[scale] if names is None else [arm for arm in ARMS["gpu"] if arm.name in names]
+    return [(UPPER, read_config("upper")["seed"])] + [(arm, seed) for seed in seeds for arm in arms]
 
 
 def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
@@ -76,7 +79,7 @@ def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -
         "right": measure_all(model, processor, args.scale),
         "attention": attention_on_vision(model, processor, looked_at),
         "losses": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
-        "train_seconds": next((round(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),
+        "train_seconds": round(sum(entry["seconds"] for entry in log)),
         "test_seconds": round(time.monotonic() - start),
         **describe_machine(),
     }
@@ -93,10 +96,12 @@ def main() -> None:
     """Go on with the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    names = [arm.name for arm in ARMS["gpu"]]
+    parser.add_argument("--arms", nargs="+", choices=names, metavar="NAME", help="these rows: " + ", ".join(names))
     parser.add_argument("--list", action="store_true", help="only say what is done and what is missing")
     args = parser.parse_args()
     if args.list:
-        for arm, seed in jobs(args.scale):
+        for arm, seed in jobs(args.scale, args.arms):
             print(
                 "done   " if (RESULTS / args.scale / f"{arm.name}-{seed}.json").is_file() else "missing", arm.name, seed
             )
@@ -107,7 +112,7 @@ def main() -> None:
         return
     (RESULTS / args.scale).mkdir(parents=True, exist_ok=True)
     shutil.copy(tower / "log.json", RESULTS / args.scale / "tower.json")
-    for arm, seed in jobs(args.scale):
+    for arm, seed in jobs(args.scale, args.arms):
         print(f"{arm.name}, seed {seed}", flush=True)
         if not run(arm, seed, args, deadline):
             print("time is up: the same command goes on")

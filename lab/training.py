@@ -39,15 +39,20 @@ def describe_machine(device: str | None = None) -> dict[str, str]:
     }
 
 
-class StopInTime(TrainerCallback):
-    """Saves and stops when the time is up."""
+class Clock(TrainerCallback):
+    """Logs how long the steps took, in all pieces of a run; saves and stops when the time is up."""
 
     def __init__(self, deadline: float | None):
-        self.deadline = deadline
+        self.deadline, self.last_log = deadline, time.monotonic()
+
+    def on_log(self, args, state, control, **kwargs):
+        now = time.monotonic()
+        state.log_history[-1]["seconds"] = round(now - self.last_log, 1)
+        self.last_log = now
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.deadline is not None and time.monotonic() > self.deadline and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
 
 def train(
@@ -92,7 +97,7 @@ def train(
         args=arguments,
         train_dataset=train_dataset,
         optimizers=(MuonAdamW(model, arguments.learning_rate), None),
-        callbacks=[StopInTime(deadline)],
+        callbacks=[Clock(deadline)],
         **trainer_options,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.is_dir() else None)

@@ -24,6 +24,7 @@ from lab.labels import CANVAS, COLOURS, KINDS, PLANES, Labels  # noqa: E402
 from lab.nano import make_processor  # noqa: E402
 from lab.report import Score, difference  # noqa: E402
 from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
+from lab.table import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
 from lab.training import train  # noqa: E402
 from llava_vr import LlavaVrConfig  # noqa: E402
@@ -287,7 +288,8 @@ def test_interrupted_training_ends_where_the_uninterrupted_does(tower, tmp_path)
     data, whole, first, second = LabelledPictures(1, 6, 12), fresh(), fresh(), fresh()
     assert train(whole, data, tmp_path / "whole", settings, 0) is not None
     assert train(first, data, tmp_path / "parts", settings, 0, deadline=time.monotonic()) is None
-    assert train(second, data, tmp_path / "parts", settings, 0) is not None
+    log = train(second, data, tmp_path / "parts", settings, 0)
+    assert log[0]["step"] == 1 and all(entry["seconds"] >= 0 for entry in log)  # the first part's time counts, too
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], weight, rtol=0, atol=1e-6)
         assert "glyphs" not in name or not torch.equal(first.state_dict()[name], weight)
@@ -301,6 +303,18 @@ def test_shipped_checkpoint_is_a_nano_arm():
     own = [name for name in built.to_dict() if name.startswith(("remember", "projector", "vision_feature"))]
     own += ["image_merge_type", "image_aspect_ratio"]
     assert {name: getattr(built, name) for name in own} == {name: getattr(shipped, name) for name in own}
+
+
+def test_table_trains_the_upper_bound_and_then_what_is_asked_for():
+    assert [arm.name for arm, _ in jobs("cpu")] == [
+        "mlp-1-none",
+        "avg_pool-16-none",
+        "avg_pool-16-ours",
+        "tokenpacker-16-none",
+        "tokenpacker-16-ours",
+    ]
+    assert jobs("cpu", ["avg_pool-16-sva"]) == [(UPPER, 11), (Arm("avg_pool", 4, "sva"), 21)]
+    assert len(jobs("gpu")) == len(set(jobs("gpu")))
 
 
 def test_exact_match_and_difference_count_by_hand():
