@@ -22,7 +22,7 @@ from lab.drawing import FONTS, HELD_OUT_FONTS, Canvas, Turn, generator  # noqa: 
 from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
 from lab.labels import CANVAS, COLOURS, KINDS, PLANES, Labels  # noqa: E402
 from lab.nano import make_processor  # noqa: E402
-from lab.report import Score, difference  # noqa: E402
+from lab.report import Score, bars_table, difference  # noqa: E402
 from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
 from lab.table import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
@@ -329,3 +329,20 @@ def test_exact_match_and_difference_count_by_hand():
     gain, low, high = difference(score("1" * 60 + "0" * 40), score("1" * 40 + "0" * 60), ("ocr",), "seen")
     assert gain == pytest.approx(20)
     assert low == pytest.approx(20 - 1.96 * 4, abs=1.5) and high == pytest.approx(20 + 1.96 * 4, abs=1.5)
+
+
+def test_bars_hold_or_are_missed():
+    def score(right: int) -> Score:
+        return Score([{"right": {"seen": dict.fromkeys(DOMAINS, {"line": "1" * right + "0" * (20 - right)})}}])
+
+    scores = {UPPER.name: score(20), Arm("avg_pool", 4).name: score(10), CENTRE.name: score(16)}
+    scores["avg_pool-16-sva"] = score(18)
+    verdicts = {line.split(" | ")[0][2:]: line.split(" | ")[2:] for line in bars_table(scores, "seen")[2:]}
+    assert {what: (float(found), verdict.strip(" |")) for what, (found, verdict) in verdicts.items()} == {
+        "exact match of the upper bound": (100, "holds"),
+        "avg_pool, 16 to 1: gain": (30, "holds"),
+        "avg_pool, 16 to 1: lower end of the gain's interval": (pytest.approx(20, abs=6), "holds"),
+        "avg_pool, 16 to 1: gain beyond that on shapes": (0, "missed"),
+        "avg_pool, 16 to 1: of the gap closed": (60, "holds"),
+        "ahead of avg_pool-16-sva": (-10, "missed"),
+    }
