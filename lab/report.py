@@ -175,10 +175,14 @@ def plot_tokens(scores: dict[str, Score], folder: Path):
             ]
             if points:
                 axes.plot(*zip(*points), style, color=f"C{colour}", label=f"{projector}, {module}")
-    if UPPER.name in scores:
-        upper = mean(scores[UPPER.name].by_seed(READING, "held out"))
-        axes.plot(scores[UPPER.name].runs[0]["tokens"], upper, "k*", label="upper bound")
+    others = {"FastV": ("k^:", [f"fastv-{tokens}" for tokens in FASTV_TOKENS]), "upper bound": ("k*", [UPPER.name])}
+    for label, (style, names) in others.items():
+        points = [(scores[n].runs[0]["tokens"], mean(scores[n].by_seed(READING, "held out"))) for n in names]
+        axes.plot(*zip(*points), style, label=label)
     axes.set_xscale("log")
+    ticks = sorted({score.runs[0]["tokens"] for score in scores.values()})
+    axes.set_xticks(ticks, labels=ticks)
+    axes.minorticks_off()
     axes.legend(fontsize=7)
     figure.savefig(folder / "tokens.png", dpi=120)
 
