@@ -22,7 +22,7 @@ from lab.drawing import FONTS, HELD_OUT_FONTS, Canvas, Turn, generator  # noqa: 
 from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
 from lab.labels import CANVAS, COLOURS, KINDS, PLANES, Labels  # noqa: E402
 from lab.nano import make_processor  # noqa: E402
-from lab.report import Score, bars_table, difference  # noqa: E402
+from lab.report import Score, bars_table, difference, gains  # noqa: E402
 from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
 from lab.table import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
@@ -337,7 +337,8 @@ def test_bars_hold_or_are_missed():
 
     scores = {UPPER.name: score(20), Arm("avg_pool", 4).name: score(10), CENTRE.name: score(16)}
     scores["avg_pool-16-sva"] = score(18)
-    verdicts = {line.split(" | ")[0][2:]: line.split(" | ")[2:] for line in bars_table(scores, "seen")[2:]}
+    bars = bars_table(scores, gains(scores, "seen"), "seen")[2:]
+    verdicts = {line.split(" | ")[0][2:]: line.split(" | ")[2:] for line in bars}
     assert {what: (float(found), verdict.strip(" |")) for what, (found, verdict) in verdicts.items()} == {
         "exact match of the upper bound": (100, "holds"),
         "avg_pool, 16 to 1: gain": (30, "holds"),
