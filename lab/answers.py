@@ -1,13 +1,9 @@
 """Stages two and three: projector, modules and decoder learn to answer, over the frozen tower.
 
-    python -m lab.answers --scale cpu                                   # the upper bound: every patch is a token
-    python -m lab.answers --scale cpu --arm avg_pool-16-ours --seed 21  # an arm of the table
-
-The arms start from the upper bound's decoder, as real models start from a pretrained one; their projectors and modules
-are new. The same command goes on where it stopped.
+Stage two is the upper bound, where every patch is a token. The arms of stage three start from its decoder, as real
+models start from a pretrained one; their projectors and modules are new. `python -m lab.table` trains them.
 """
 
-import argparse
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +11,12 @@ from pathlib import Path
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lab.arms import ARMS, NANO, STAGES, UPPER, Arm, make_model
+from lab.arms import STAGES, UPPER, Arm, make_model
 from lab.dialogues import Dialogues
 from lab.drawing import Turn
 from lab.nano import make_processor
 from lab.samples import draw_dialogue, draw_sample, sample_texts
-from lab.training import add_options, deadline_of, read_config, train
+from lab.training import read_config, train
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
@@ -69,18 +65,3 @@ def train_arm(
     save_file(trained, folder / "model.safetensors")
     (folder / "log.json").write_text(json.dumps(log) + "\n")
     return model, log
-
-
-def main() -> None:
-    """Train the upper bound or one arm."""
-    arms = {arm.name: arm for arm in (UPPER, NANO, *ARMS["gpu"])}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", choices=arms, default=UPPER.name, metavar="NAME", help=", ".join(arms))
-    parser.add_argument("--seed", type=int, default=read_config("upper")["seed"])
-    add_options(parser)
-    args = parser.parse_args()
-    train_arm(arms[args.arm], args.scale, args.seed, args.runs, deadline_of(args))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,13 +2,9 @@
 
 The pictures are drawn, so it is known what lies under every patch: a character, a bar of some value, a shape, and to
 which line, row, column or number it belongs. A tower trained on that is then frozen, as a real model starts from a
-pretrained tower.
-
-    python -m lab.tower --scale cpu                 # to lab/runs/cpu/tower
-    python -m lab.tower --scale gpu --minutes 9     # a piece; the same command goes on where it stopped
+pretrained tower. `python -m lab.table` trains it first.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -21,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from lab.drawing import Picture, generator, pixels
 from lab.labels import CANVAS, KINDS
 from lab.samples import DOMAINS, draw_sample
-from lab.training import add_options, deadline_of, describe_machine, read_config, train
+from lab.training import describe_machine, read_config, train
 
 
 SPOTS = 2  # glyphs are named at a quarter and at three quarters of a patch's width
@@ -128,15 +124,3 @@ def train_tower(scale: str, folder: Path, deadline: float | None) -> bool:
     (folder / "log.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(named, indent=1))
     return True
-
-
-def main() -> None:
-    """Train the tower, measure it on fresh pictures, save it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    args = parser.parse_args()
-    train_tower(args.scale, args.runs / args.scale / "tower", deadline_of(args))
-
-
-if __name__ == "__main__":
-    main()
