@@ -181,8 +181,8 @@ class LlavaVrConfig(PreTrainedConfig):
             Decoder layers after which a Vision Remember module stands; [] for none.
         remember_hidden_size (`int`, defaults to 1024), remember_num_heads (`int`, defaults to 16):
             Width and heads of the module's attention.
-        remember_num_key_value_heads (`int`, *optional*):
-            Heads of its keys and values, each shared by as many heads of the query; null for one of each.
+        remember_num_key_value_heads (`int`, defaults to 2):
+            Heads of its keys and values, each shared by as many heads of the query; null for as many as of the query.
         remember_window (`int`, *optional*):
             Features per side that a vision token sees; null for those of its region. Larger windows overlap.
         image_aspect_ratio (`str`, defaults to `"anyres"`):
@@ -214,7 +214,7 @@ class LlavaVrConfig(PreTrainedConfig):
     remember_layers: list[int] | None = None
     remember_hidden_size: int = 1024
     remember_num_heads: int = 16
-    remember_num_key_value_heads: int | None = None
+    remember_num_key_value_heads: int | None = 2
     remember_window: int | None = None
     image_aspect_ratio: str = "anyres"
     image_merge_type: str = "spatial_unpad"

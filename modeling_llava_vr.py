@@ -424,32 +424,16 @@ class VisionRemember(nn.Module):
         """
         groups = (self.num_key_value_heads, -1)  # g heads share a head k of keys and values
         query = self.query(self.query_norm(hidden_states)).unflatten(-1, (self.num_heads, -1)).unflatten(1, groups)
-        if self._projects_last(memory.shape[1]):
-            key, value = (layer.weight.unflatten(0, groups) for layer in (self.key, self.value))  # (k, head_dim, M)
-            scores = torch.einsum("nkgd,kdm->nkgm", query, key).flatten(1, 2) @ memory.transpose(1, 2)
-            weights = self._weigh(scores, memory)
-            read = torch.einsum("nkgm,kdm->nkgd", (weights @ memory).unflatten(1, groups), value)
-        else:
-            key = self.key(memory).unflatten(-1, groups)  # (tokens, window, k, head_dim)
-            value = self.value(memory).unflatten(-1, groups)  # (tokens, window, k, head_dim)
-            weights = self._weigh(torch.einsum("nkgd,nwkd->nkgw", query, key).flatten(1, 2), memory)
-            read = torch.einsum("nkgw,nwkd->nkgd", weights.unflatten(1, groups), value)
-        return self.out(read.flatten(1)).masked_fill(~valid[:, None], 0), weights
-
-    def _projects_last(self, entries: int) -> bool:
-        """Whether q is taken to the memory's space and v made of what was read: the same numbers, and less work than
-        to project every entry where entries are many, from nine on if every head has its own keys and values. It reads
-        the weights of the layers, which an adapter would go around."""
-        is_less = entries * self.num_key_value_heads > 4 * self.num_heads
-        return is_less and type(self.key) is type(self.value) is nn.Linear
-
-    def _weigh(self, scores: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Attention weights `(tokens, heads, window * window)` from products of queries and keys of that shape."""
-        scores = (scores / math.sqrt(self.query.out_features // self.num_heads) + self.window_bias).float()
+        key = self.key(memory).unflatten(-1, groups)  # (tokens, window, k, head_dim)
+        value = self.value(memory).unflatten(-1, groups)  # (tokens, window, k, head_dim)
+        scores = torch.einsum("nkgd,nwkd->nkgw", query, key).flatten(1, 2) / math.sqrt(query.shape[-1])
+        scores = (scores + self.window_bias).float()  # (tokens, heads, window)
         if self.has_padding:
             is_padding = memory.eq(0).all(-1)  # (tokens, window)
             scores = scores.masked_fill(is_padding[:, None], torch.finfo(torch.float32).min)
-        return scores.softmax(-1).to(memory.dtype)
+        weights = scores.softmax(-1).to(memory.dtype)
+        read = torch.einsum("nkgw,nwkd->nkgd", weights.unflatten(1, groups), value)
+        return self.out(read.flatten(1)).masked_fill(~valid[:, None], 0), weights
 
 
 class RememberTrace:

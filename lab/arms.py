@@ -22,8 +22,8 @@ class Arm:
     Args:
         projector, downsample: as in the configuration; s x s patches become one token.
         module: one of `baselines.MODULES`, or "none", or "wide" for a wider projector instead.
-        layers, levels, window: of the module; None for those of the configuration file.
-        shared: heads of the module's keys and values; None for as many as of the query.
+        layers, levels, window, shared: of the module, `shared` the heads of its keys and values; None for those of the
+            configuration file.
     """
 
     projector: str
@@ -66,8 +66,15 @@ ARMS = {
 def make_config(arm: Arm, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> LlavaVrConfig:
     """The configuration of an arm around a tower."""
     remember = dict(read_config("compressed")["remember"])
-    for field, value in (("remember_layers", arm.layers), ("remember_feature_layers", arm.levels)):
-        remember[field] = remember[field] if value is None else list(value)
+    chosen = {
+        "remember_layers": arm.layers,
+        "remember_feature_layers": arm.levels,
+        "remember_window": arm.window,
+        "remember_num_key_value_heads": arm.shared,
+    }
+    for field, value in chosen.items():
+        if value is not None:
+            remember[field] = list(value) if isinstance(value, tuple) else value
     if arm.module in ("none", "wide"):
         remember["remember_layers"] = []
     text_config = LlamaConfig(
@@ -86,8 +93,6 @@ def make_config(arm: Arm, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizer
         projector_type=arm.projector,
         projector_downsample=arm.downsample,
         vision_feature_layer=-1,
-        remember_window=arm.window,
-        remember_num_key_value_heads=arm.shared,
         image_aspect_ratio="pad",
         image_merge_type="flat",
         **remember,

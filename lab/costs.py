@@ -1,22 +1,14 @@
 """Parameters and floating-point operations of what an arm adds to the vision tower and the decoder."""
 
-from unittest.mock import patch
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_vr import LlavaVrForConditionalGeneration
-from llava_vr.modeling_llava_vr import VisionRemember
 
 
 @torch.no_grad()
 def added_cost(model: LlavaVrForConditionalGeneration) -> dict[str, int]:
-    """
-    Trained parameters of projector and modules, and their operations for one image (a multiply-add counts two).
-
-    Operations are those of projecting every entry of a window, for all modules alike. Ours finds the same numbers with
-    fewer from nine entries on, by another order of its products; baselines that attend could do the same.
-    """
+    """Trained parameters of projector and modules, and their operations for one image (a multiply-add counts two)."""
     inner, config = model.model, model.config
     device, dtype, layout = model.device, model.dtype, config.image_layout
     features = torch.randn(1, config.feature_grid**2, config.vision_config.hidden_size, device=device, dtype=dtype)
@@ -26,8 +18,7 @@ def added_cost(model: LlavaVrForConditionalGeneration) -> dict[str, int]:
     tokens = layout.tokens_per_tile
     hidden_states = torch.randn(tokens, config.text_config.hidden_size, device=device, dtype=dtype)
     memory = torch.randn(tokens, config.window_size**2, config.memory_size, device=device, dtype=dtype)
-    plain_order = patch.object(VisionRemember, "_projects_last", lambda self, entries: False)
-    with FlopCounterMode(display=False) as counter, plain_order:
+    with FlopCounterMode(display=False) as counter:
         inner.multi_modal_projector(features, levels)
         for module in inner.vision_remember.values():
             module(hidden_states, memory, torch.ones(tokens, dtype=torch.bool, device=device))

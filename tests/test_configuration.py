@@ -46,6 +46,7 @@ def image_sizes(count, seed=0):
         "remember_layers": [0, 7, 14, 21],
         "remember_hidden_size": 1024,
         "remember_num_heads": 16,
+        "remember_num_key_value_heads": 2,
         "remember_window": None,
         "window_size": 2,
         "memory_size": 3 * 1024,
