@@ -5,7 +5,8 @@ models start from a pretrained one; their projectors and modules are new. `pytho
 """
 
 import json
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image
@@ -15,7 +16,7 @@ from lab.arms import STAGES, UPPER, Arm, make_model
 from lab.dialogues import Dialogues
 from lab.drawing import Turn
 from lab.nano import make_processor
-from lab.samples import draw_dialogue, draw_sample, sample_texts
+from lab.samples import SHARES, draw_dialogue, draw_sample, sample_texts
 from lab.training import read_config, train
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
@@ -28,9 +29,9 @@ def all_texts() -> tuple[str, ...]:
     return tuple(sample_texts())
 
 
-def draw_turns(index: int) -> tuple[Image.Image, list[Turn]]:
+def draw_turns(index: int, shares: Sequence[float]) -> tuple[Image.Image, list[Turn]]:
     """A picture of training and a dialogue about it."""
-    rng, domain, picture = draw_sample(DATA_SEED, index)
+    rng, domain, picture = draw_sample(DATA_SEED, index, shares)
     return picture.image, draw_dialogue(rng, domain, picture)
 
 
@@ -56,8 +57,9 @@ def train_arm(
     if (folder / "log.json").is_file():
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         return model, json.loads((folder / "log.json").read_text())
-    settings = read_config(STAGES.get(arm, "compressed"))[scale]
-    data = Dialogues(processor, draw_turns, settings["max_steps"] * settings["per_device_train_batch_size"])
+    config = read_config(STAGES.get(arm, "compressed"))
+    settings, draw = config[scale], partial(draw_turns, shares=config.get("shares", SHARES))
+    data = Dialogues(processor, draw, settings["max_steps"] * settings["per_device_train_batch_size"])
     log = train(model, data, folder / "checkpoints", settings, seed, deadline, data_collator=data.collate)
     if log is None:
         return None

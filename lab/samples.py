@@ -5,7 +5,7 @@ python -m lab.samples --sheet held_out.png --held-out   # in the fonts and layou
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
@@ -27,10 +27,12 @@ DOMAINS: dict[str, ModuleType] = {
 SHARES = (0.3, 0.3, 0.2, 0.15, 0.05)  # of training
 
 
-def draw_sample(seed: int, index: int) -> tuple[np.random.Generator, ModuleType, Picture]:
-    """A picture of any domain, and what its questions are drawn with."""
+def draw_sample(
+    seed: int, index: int, shares: Sequence[float] = SHARES
+) -> tuple[np.random.Generator, ModuleType, Picture]:
+    """A picture of any domain, by their shares, and what its questions are drawn with."""
     rng = generator(seed, index)
-    domain = list(DOMAINS.values())[rng.choice(len(DOMAINS), p=SHARES)]
+    domain = list(DOMAINS.values())[rng.choice(len(DOMAINS), p=shares)]
     return rng, domain, domain.draw(rng)
 
 

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -1402,7 +1403,7 @@ def test_progress_bar_and_counts_of_the_summary(llava, tmp_path, capsys):
     bar = capsys.readouterr().err.split("\r")[-1]
     written = load_file(tmp_path / "out" / "model.safetensors")
     size, tower = sum(tensor.nbytes for tensor in written.values()), len(make_clip().state_dict())
-    assert "converting: 100%" in bar and f"{size / 1e6:.2f}M/{size / 1e6:.2f}M" in bar
+    assert "converting: 100%" in bar and f"{tqdm.format_sizeof(size)}/{tqdm.format_sizeof(size)}" in bar
     new, mapped = sum("vision_remember" in name for name in written), held - 1 + tower
     assert new + mapped == len(written)
     first, reason, last = result.summary().splitlines()
