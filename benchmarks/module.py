@@ -7,8 +7,8 @@ A tile is 144 vision tokens with 4 entries a window, or 36 with 16. All get the 
 gradient is spared: hidden states, memory and parameters have one. Weights are random. Beside ours:
 
 - global (fused), global (eager): cross attention of all vision tokens to all entries under a mask that leaves each its
-  own window, which computes the same as ours. Memory normed and mask made beforehand, neither is counted. Fused is
-  scaled_dot_product_attention, eager two matrix products and a softmax.
+  own window: ours by another way, with a head of keys and values for each of the query. Memory normed and mask made
+  beforehand, neither is counted. Fused is scaled_dot_product_attention, eager two matrix products and a softmax.
 - SVA: Cambrian's aggregation with the norms of the lab's baseline, each level with its own keys and values.
 - SVA layer: Cambrian's whole layer around it: context, positions, a norm for each of keys and values, an MLP.
 - DeepStack: the lab's baseline, an MLP on every entry, averaged. DeepStack addition: the bare sum of ready features.
