@@ -195,6 +195,29 @@ def test_locality(tiny_config, stride, window, starts):
         assert reached.tolist() == holds
 
 
+@pytest.mark.parametrize("layer", ["key", "value"])
+def test_a_layer_that_was_replaced_is_called(tiny_config, layer):
+    """An adapter around keys or values takes part."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight = inner, inner.weight
+
+        def forward(self, features):
+            return 2 * self.inner(features)
+
+    torch.manual_seed(0)
+    config = tiny_config(remember_window=3)
+    adapted = VisionRemember(config)
+    torch.nn.init.normal_(adapted.out.weight)
+    doubled = copy.deepcopy(adapted)
+    getattr(doubled, layer).weight.data *= 2
+    setattr(adapted, layer, Doubled(getattr(adapted, layer)))
+    inputs = torch.randn(5, 32), torch.randn(5, 9, config.memory_size), torch.ones(5, dtype=torch.bool)
+    torch.testing.assert_close(adapted(*inputs), doubled(*inputs))
+
+
 @pytest.mark.parametrize("shared", [2, 1])
 @pytest.mark.parametrize("window", [2, 3])
 def test_the_module_is_attention_over_the_window(tiny_config, window, shared):
