@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -39,6 +40,17 @@ def processor_of(arm: Arm) -> LlavaVrProcessor:
     return make_processor(all_texts(), arm.downsample)
 
 
+def config_of(arm: Arm) -> dict[str, Any]:
+    """The configuration file that an arm trains by."""
+    return read_config(STAGES.get(arm, "compressed"))
+
+
+def settings_of(arm: Arm, scale: str) -> dict[str, Any]:
+    """The Trainer's settings of an arm."""
+    settings = config_of(arm)[scale]
+    return {**settings, "max_steps": settings["max_steps"] * (arm.longer or 1)}
+
+
 def train_arm(
     arm: Arm, scale: str, seed: int, runs: Path, deadline: float | None
 ) -> tuple[LlavaVrForConditionalGeneration, list[dict[str, float]]] | None:
@@ -57,8 +69,8 @@ def train_arm(
     if (folder / "log.json").is_file():
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         return model, json.loads((folder / "log.json").read_text())
-    config = read_config(STAGES.get(arm, "compressed"))
-    settings, draw = config[scale], partial(draw_turns, shares=config.get("shares", SHARES))
+    config = config_of(arm)
+    settings, draw = settings_of(arm, scale), partial(draw_turns, shares=config.get("shares", SHARES))
     data = Dialogues(processor, draw, settings["max_steps"] * settings["per_device_train_batch_size"])
     log = train(model, data, folder / "checkpoints", settings, seed, deadline, data_collator=data.collate)
     if log is None:

@@ -24,6 +24,7 @@ class Arm:
         module: one of `baselines.MODULES`, or "none", or "wide" for a wider projector instead.
         layers, levels, window, shared: of the module, `shared` the heads of its keys and values; None for those of the
             configuration file.
+        longer: trains for this many times the steps of the configuration file; None for once.
     """
 
     projector: str
@@ -33,11 +34,12 @@ class Arm:
     levels: tuple[int, ...] | None = None
     window: int | None = None
     shared: int | None = None
+    longer: int | None = None
 
     @property
     def name(self) -> str:
         parts = [f"{self.projector}-{self.downsample**2}", self.module.replace(" ", "_")]
-        for field in ("layers", "levels", "window", "shared"):
+        for field in ("layers", "levels", "window", "shared", "longer"):
             if (value := getattr(self, field)) is not None:
                 parts.append(field + "_".join(map(str, value if isinstance(value, tuple) else (value,))))
         return "-".join(parts)
@@ -56,11 +58,13 @@ ABLATION = [
     *(replace(CENTRE, shared=heads) for heads in SHARED),
     *(replace(CENTRE, module=module) for module in ("no bias", "mean")),
 ]
+LONGER = [replace(CENTRE, module=module, longer=3) for module in ("none", "ours")]
 STAGES = {UPPER: "upper", NANO: "nano"}  # whose configuration files these train by; "compressed" for all others
 ARMS = {
     "cpu": [arm for arm in PAIRS if arm.downsample == 4 and arm.projector in ("avg_pool", "tokenpacker")],
     "gpu": [*PAIRS, *BASELINES, *ABLATION],
 }
+ROWS = [*ARMS["gpu"], *LONGER]  # all that can be asked for by name
 
 
 def make_config(arm: Arm, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> LlavaVrConfig:

@@ -6,14 +6,14 @@ python -m lab.report                    # of every scale that has results
 import argparse
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
 import numpy as np
 
-from lab.arms import ABLATION, ARMS, BASELINES, CENTRE, UPPER, Arm
+from lab.arms import ABLATION, ARMS, BASELINES, CENTRE, LONGER, PAIRS, UPPER, Arm
 from lab.labels import KINDS
 from lab.table import FASTV_TOKENS, RESULTS
 from lab.training import SCALES, read_config
@@ -103,15 +103,16 @@ class Gain:
 
 
 def gains(scores: dict[str, Score], style: str) -> dict[Arm, Gain]:
-    """By the arm with the module, for every one of the table whose pair is there."""
+    """By the arm with the module, for every one whose pair is there."""
     found = {}
-    for arm in ARMS["gpu"]:
-        ours, none = scores.get(arm.name), scores.get(Arm(arm.projector, arm.downsample).name)
-        if arm.module == "ours" and arm not in ABLATION and ours and none:
+    for arm in (*PAIRS, *LONGER):
+        ours, none = scores.get(arm.name), scores.get(replace(arm, module="none").name)
+        if arm.module == "ours" and ours and none:
             reading, control = (difference(ours, none, domains, style) for domains in (READING, ("shapes",)))
             gap = mean(scores[UPPER.name].by_seed(READING, style)) - mean(none.by_seed(READING, style))
             closed = 100 * reading[0] / gap if gap > 0 else None
-            found[arm] = Gain(f"{arm.projector}, {arm.downsample**2} to 1", reading, control, closed)
+            pair = f"{arm.projector}, {arm.downsample**2} to 1" + (f", {arm.longer} x steps" if arm.longer else "")
+            found[arm] = Gain(pair, reading, control, closed)
     return found
 
 
@@ -242,7 +243,7 @@ def section(scale: str) -> list[str]:
     )
     lines += ["", "What the frozen tower names right of what lies under the patches of fresh pictures, in percent:", ""]
     lines += tower_table(tower["named"])
-    pairs = [UPPER.name, *(arm.name for arm in ARMS["gpu"] if arm.module in ("none", "ours") and arm not in ABLATION)]
+    pairs = [arm.name for arm in (UPPER, *PAIRS, *LONGER)]
     pairs += [f"fastv-{tokens}" for tokens in FASTV_TOKENS]
     for style in STYLES:
         lines += ["", f"### Fonts and layouts {'of training' if style == 'seen' else 'held out of training'}", ""]

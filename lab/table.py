@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lab.answers import processor_of, train_arm
-from lab.arms import ARMS, UPPER, Arm
+from lab.arms import ARMS, ROWS, UPPER, Arm
 from lab.baselines import FastV
 from lab.costs import added_cost
 from lab.evaluate import answer, attention_on_vision, draw_cases, measure
@@ -45,7 +45,7 @@ def fastv_answer(keep: int):
 def jobs(scale: str, names: Collection[str] | None = None) -> list[tuple[Arm, int]]:
     """The models to train, the upper bound first; those of the scale if no others are named."""
     seeds = read_config("compressed")["seeds"][scale]
-    arms = ARMS[scale] if names is None else [arm for arm in ARMS["gpu"] if arm.name in names]
+    arms = ARMS[scale] if names is None else [arm for arm in ROWS if arm.name in names]
     return [(UPPER, read_config("upper")["seed"])] + [(arm, seed) for seed in seeds for arm in arms]
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     """Go on with the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    names = [arm.name for arm in ARMS["gpu"]]
+    names = [arm.name for arm in ROWS]
     parser.add_argument("--arms", nargs="+", choices=names, metavar="NAME", help="these rows: " + ", ".join(names))
     parser.add_argument("--list", action="store_true", help="only say what is done and what is missing")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
-from lab.answers import processor_of  # noqa: E402
-from lab.arms import ABLATION, BASELINES, CENTRE, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
+from lab.answers import processor_of, settings_of  # noqa: E402
+from lab.arms import ABLATION, BASELINES, CENTRE, LONGER, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
 from lab.costs import added_cost  # noqa: E402
 from lab.drawing import FONTS, HELD_OUT_FONTS, Canvas, Turn, generator  # noqa: E402
@@ -315,6 +316,14 @@ def test_table_trains_the_upper_bound_and_then_what_is_asked_for():
     ]
     assert jobs("cpu", ["avg_pool-16-sva"]) == [(UPPER, 11), (Arm("avg_pool", 4, "sva"), 21)]
     assert len(jobs("gpu")) == len(set(jobs("gpu")))
+    names = [f"avg_pool-16-{module}-longer3" for module in ("none", "ours")]
+    assert [arm.name for arm, _ in jobs("cpu", names)] == [UPPER.name, *names]
+
+
+def test_longer_means_more_steps_and_nothing_else():
+    for arm in LONGER:
+        settings, once = settings_of(arm, "cpu"), settings_of(replace(arm, longer=None), "cpu")
+        assert settings == once | {"max_steps": 3 * once["max_steps"]}
 
 
 def test_exact_match_and_difference_count_by_hand():
@@ -331,12 +340,14 @@ def test_exact_match_and_difference_count_by_hand():
     assert low == pytest.approx(20 - 1.96 * 4, abs=1.5) and high == pytest.approx(20 + 1.96 * 4, abs=1.5)
 
 
-def test_bars_hold_or_are_missed():
-    def score(right: int) -> Score:
-        return Score([{"right": {"seen": dict.fromkeys(DOMAINS, {"line": "1" * right + "0" * (20 - right)})}}])
+def scored(right: int) -> Score:
+    """Right in this many of 20 pictures of each domain."""
+    return Score([{"right": {"seen": dict.fromkeys(DOMAINS, {"line": "1" * right + "0" * (20 - right)})}}])
 
-    scores = {UPPER.name: score(20), Arm("avg_pool", 4).name: score(10), CENTRE.name: score(16)}
-    scores["avg_pool-16-sva"] = score(18)
+
+def test_bars_hold_or_are_missed():
+    scores = {UPPER.name: scored(20), Arm("avg_pool", 4).name: scored(10), CENTRE.name: scored(16)}
+    scores["avg_pool-16-sva"] = scored(18)
     bars = bars_table(scores, gains(scores, "seen"), "seen")[2:]
     verdicts = {line.split(" | ")[0][2:]: line.split(" | ")[2:] for line in bars}
     assert {what: (float(found), verdict.strip(" |")) for what, (found, verdict) in verdicts.items()} == {
@@ -346,4 +357,14 @@ def test_bars_hold_or_are_missed():
         "avg_pool, 16 to 1: gain beyond that on shapes": (0, "missed"),
         "avg_pool, 16 to 1: of the gap closed": (60, "holds"),
         "ahead of avg_pool-16-sva": (-10, "missed"),
+    }
+
+
+def test_longer_models_are_compared_with_each_other():
+    scores = {name: scored(right) for name, right in zip([UPPER.name, "avg_pool-16-none", CENTRE.name], (20, 0, 0))}
+    scores |= {arm.name: scored(right) for arm, right in zip(LONGER, (10, 14))}
+    gained = gains(scores, "seen")
+    assert {gain.pair: (gain.reading[0], gain.closed) for gain in gained.values()} == {
+        "avg_pool, 16 to 1": (0, 0),
+        "avg_pool, 16 to 1, 3 x steps": (20, 40),
     }
