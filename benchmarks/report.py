@@ -162,11 +162,14 @@ FIGURES = [
         ("cuda",),
     ),
     Figure("decode step with over without", 1.01, "prefill", worst("off", stage_ratio("decode step"))),
-    Figure(
-        "first token over the same backbones uncompressed, 5 tiles",
-        0.5,
-        "prefill",
-        worst("uncompressed", stage_ratio("first token"), 5),
+    *(
+        Figure(
+            f"{stage} over the same backbones uncompressed, 5 tiles",
+            0.5,
+            "prefill",
+            worst("uncompressed", stage_ratio(stage), 5),
+        )
+        for stage in ("prefill", "first token")
     ),
     Figure(
         "image's part of the cache over the same uncompressed, 5 tiles",

@@ -58,12 +58,12 @@ ABLATION = [
     *(replace(CENTRE, shared=heads) for heads in SHARED),
     *(replace(CENTRE, module=module) for module in ("no bias", "mean")),
 ]
-LONGER = [replace(CENTRE, module=module, longer=3) for module in ("none", "ours")]
 STAGES = {UPPER: "upper", NANO: "nano"}  # whose configuration files these train by; "compressed" for all others
 ARMS = {
     "cpu": [arm for arm in PAIRS if arm.downsample == 4 and arm.projector in ("avg_pool", "tokenpacker")],
     "gpu": [*PAIRS, *BASELINES, *ABLATION],
 }
+LONGER = [replace(arm, longer=3) for arm in ARMS["cpu"]]
 ROWS = [*ARMS["gpu"], *LONGER]  # all that can be asked for by name
 
 
