@@ -23,6 +23,7 @@ from lab.training import describe_machine
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -221,9 +222,11 @@ def plot(path: Path, panels: dict[str, tuple[str, str, dict[str, tuple[list[floa
         axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
         ticks = sorted({value for xs, _ in curves.values() for value in xs})
         axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
