@@ -40,15 +40,11 @@ def processor_of(arm: Arm) -> LlavaVrProcessor:
     return make_processor(all_texts(), arm.downsample)
 
 
-def config_of(arm: Arm) -> dict[str, Any]:
-    """The configuration file that an arm trains by."""
-    return read_config(STAGES.get(arm, "compressed"))
-
-
-def settings_of(arm: Arm, scale: str) -> dict[str, Any]:
-    """The Trainer's settings of an arm."""
-    settings = config_of(arm)[scale]
-    return {**settings, "max_steps": settings["max_steps"] * (arm.longer or 1)}
+def training_of(arm: Arm, scale: str) -> tuple[dict[str, Any], Sequence[float]]:
+    """The Trainer's settings of an arm, and the shares of the domains in its pictures."""
+    config = read_config(STAGES.get(arm, "compressed"))
+    settings = config[scale] | {"max_steps": config[scale]["max_steps"] * (arm.longer or 1)}
+    return settings, config.get("shares", SHARES)
 
 
 def train_arm(
@@ -69,8 +65,8 @@ def train_arm(
     if (folder / "log.json").is_file():
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         return model, json.loads((folder / "log.json").read_text())
-    config = config_of(arm)
-    settings, draw = settings_of(arm, scale), partial(draw_turns, shares=config.get("shares", SHARES))
+    settings, shares = training_of(arm, scale)
+    draw = partial(draw_turns, shares=shares)
     data = Dialogues(processor, draw, settings["max_steps"] * settings["per_device_train_batch_size"])
     log = train(model, data, folder / "checkpoints", settings, seed, deadline, data_collator=data.collate)
     if log is None:

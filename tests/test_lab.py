@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
-from lab.answers import processor_of, settings_of  # noqa: E402
+from lab.answers import processor_of, training_of  # noqa: E402
 from lab.arms import ABLATION, BASELINES, CENTRE, LONGER, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
 from lab.costs import added_cost  # noqa: E402
@@ -322,8 +322,8 @@ def test_table_trains_the_upper_bound_and_then_what_is_asked_for():
 
 def test_longer_means_more_steps_and_nothing_else():
     for arm in LONGER:
-        settings, once = settings_of(arm, "cpu"), settings_of(replace(arm, longer=None), "cpu")
-        assert settings == once | {"max_steps": 3 * once["max_steps"]}
+        (settings, shares), (once, same) = training_of(arm, "cpu"), training_of(replace(arm, longer=None), "cpu")
+        assert settings == once | {"max_steps": 3 * once["max_steps"]} and shares == same
 
 
 def test_exact_match_and_difference_count_by_hand():
