@@ -46,6 +46,7 @@ class Arm:
 
 
 UPPER = Arm("mlp", 1)
+AGAIN = replace(UPPER, longer=1)  # uncompressed, too, but trained in stage three, as the compressed models are
 NANO = Arm("avg_pool", 3, "ours")  # what the root of the repository holds
 PAIRS = [Arm(p, s, module) for s in (4, 2) for p in PROJECTORS for module in ("none", "ours")]
 CENTRE = Arm("avg_pool", 4, "ours")
@@ -64,7 +65,7 @@ ARMS = {
     "gpu": [*PAIRS, *BASELINES, *ABLATION],
 }
 LONGER = [replace(arm, longer=3) for arm in ARMS["cpu"]]
-ROWS = [*ARMS["gpu"], *LONGER]  # all that can be asked for by name
+ROWS = [*ARMS["gpu"], AGAIN, *LONGER]  # all that can be asked for by name
 
 
 def make_config(arm: Arm, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> LlavaVrConfig:

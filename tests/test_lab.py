@@ -16,14 +16,14 @@ sys.path.insert(0, str(ROOT))
 
 from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
 from lab.answers import processor_of, training_of  # noqa: E402
-from lab.arms import ABLATION, BASELINES, CENTRE, LONGER, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
+from lab.arms import ABLATION, AGAIN, BASELINES, CENTRE, LONGER, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
 from lab.costs import added_cost  # noqa: E402
 from lab.drawing import FONTS, HELD_OUT_FONTS, Canvas, Turn, generator  # noqa: E402
 from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
 from lab.labels import CANVAS, COLOURS, KINDS, PLANES, Labels  # noqa: E402
 from lab.nano import make_processor  # noqa: E402
-from lab.report import Score, bars_table, difference, gains  # noqa: E402
+from lab.report import Score, bars_table, difference, gain_table, gains  # noqa: E402
 from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
 from lab.table import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
@@ -355,7 +355,7 @@ def test_bars_hold_or_are_missed():
         "avg_pool, 16 to 1: gain": (30, "holds"),
         "avg_pool, 16 to 1: lower end of the gain's interval": (pytest.approx(20, abs=6), "holds"),
         "avg_pool, 16 to 1: gain beyond that on shapes": (0, "missed"),
-        "avg_pool, 16 to 1: of the gap closed": (60, "holds"),
+        "avg_pool, 16 to 1: of the gap to the upper bound": (60, "holds"),
         "ahead of avg_pool-16-sva": (-10, "missed"),
     }
 
@@ -365,6 +365,22 @@ def test_longer_models_are_compared_with_each_other():
     scores |= {arm.name: scored(right) for arm, right in zip(LONGER, (10, 14))}
     gained = gains(scores, "seen")
     assert {gain.pair: (gain.reading[0], gain.closed) for gain in gained.values()} == {
-        "avg_pool, 16 to 1": (0, 0),
-        "avg_pool, 16 to 1, 3 x steps": (20, 40),
+        "avg_pool, 16 to 1": (0, {"the upper bound": 0}),
+        "avg_pool, 16 to 1, 3 x steps": (20, {"the upper bound": 40}),
     }
+
+
+def test_the_gap_is_told_to_each_bound_that_is_ahead():
+    scores = {
+        name: scored(right)
+        for name, right in zip([AGAIN.name, UPPER.name, "avg_pool-16-none", CENTRE.name], (18, 10, 10, 12))
+    }
+    gained = gains(scores, "seen")
+    assert gained[CENTRE].closed == {"the bound trained again": pytest.approx(25)}
+    assert gain_table(gained)[0].endswith("| gain on shapes | of the gap to the bound trained again |")
+    assert gain_table(gained)[2].endswith("| 25% |")
+
+
+def test_the_bound_is_trained_again_as_the_others_are():
+    assert AGAIN.name != UPPER.name and (AGAIN.projector, AGAIN.downsample) == (UPPER.projector, UPPER.downsample)
+    assert training_of(AGAIN, "cpu") == training_of(CENTRE, "cpu")
