@@ -10,8 +10,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, CLIPVisionModel
 
 from lab.arms import STAGES, UPPER, Arm, make_model
 from lab.dialogues import Dialogues
@@ -22,6 +24,7 @@ from lab.training import read_config, train
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
+ROOT = Path(__file__).parents[1]  # the nano checkpoint
 DATA_SEED = 11  # every arm and seed sees the same pictures in the same order
 
 
@@ -47,21 +50,34 @@ def training_of(arm: Arm, scale: str) -> tuple[dict[str, Any], Sequence[float]]:
     return settings, config.get("shares", SHARES)
 
 
+def start_of(arm: Arm, folder: Path, from_nano: bool) -> tuple[CLIPVisionModel, dict[str, torch.Tensor] | None]:
+    """The tower and the decoder that an arm starts from; the upper bound has no decoder to start from."""
+    if from_nano:
+        nano = LlavaVrForConditionalGeneration.from_pretrained(ROOT).model
+        return nano.vision_tower, nano.language_model.state_dict()
+    tower = AutoModel.from_pretrained(folder / "tower")
+    tower.config._name_or_path = ""
+    if arm == UPPER:
+        return tower, None
+    upper = load_file(folder / f"{UPPER.name}-{read_config('upper')['seed']}" / "model.safetensors")
+    prefix = "model.language_model."
+    return tower, {name.removeprefix(prefix): value for name, value in upper.items() if name.startswith(prefix)}
+
+
 def train_arm(
-    arm: Arm, scale: str, seed: int, runs: Path, deadline: float | None
+    arm: Arm, scale: str, seed: int, folder: Path, deadline: float | None, from_nano: bool = False
 ) -> tuple[LlavaVrForConditionalGeneration, list[dict[str, float]]] | None:
     """
     An arm's trained model and its log, trained now or before; None if time was up.
 
-    `runs / scale` holds the tower, and the upper bound whose decoder the other arms start from.
+    Args:
+        folder: of all arms that start alike; it holds the tower and the upper bound whose decoder they start from.
+        from_nano: start from tower and decoder of the checkpoint at the root instead.
     """
-    folder, processor = runs / scale / f"{arm.name}-{seed}", processor_of(arm)
-    decoder = None
-    if arm != UPPER:
-        upper = load_file(runs / scale / f"{UPPER.name}-{read_config('upper')['seed']}" / "model.safetensors")
-        prefix = "model.language_model."
-        decoder = {name.removeprefix(prefix): value for name, value in upper.items() if name.startswith(prefix)}
-    model = make_model(arm, runs / scale / "tower", processor.tokenizer, seed, decoder)
+    processor = processor_of(arm)
+    tower, decoder = start_of(arm, folder, from_nano)
+    model = make_model(arm, tower, processor.tokenizer, seed, decoder)
+    folder = folder / f"{arm.name}-{seed}"
     if (folder / "log.json").is_file():
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         return model, json.loads((folder / "log.json").read_text())

@@ -1,10 +1,9 @@
 """The models that the lab compares. An arm is a way to compress and a way to bring features back."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from transformers import AutoModel, CLIPVisionModel, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionModel, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from lab.baselines import MODULES, WideAvgPool
 from lab.nano import IMAGE, MAX_LENGTH
@@ -105,13 +104,15 @@ def make_config(arm: Arm, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizer
 
 
 def make_model(
-    arm: Arm, tower: Path, tokenizer: PreTrainedTokenizerFast, seed: int, decoder: dict[str, torch.Tensor] | None = None
+    arm: Arm,
+    tower: CLIPVisionModel,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    decoder: dict[str, torch.Tensor] | None = None,
 ) -> LlavaVrForConditionalGeneration:
-    """An arm's model: the frozen tower, a fresh projector and modules, and the decoder given or a fresh one."""
-    vision_tower = AutoModel.from_pretrained(tower)
-    vision_tower.config._name_or_path = ""
+    """An arm's model: the tower, frozen, a fresh projector and modules, and the decoder given or a fresh one."""
     torch.manual_seed(seed)
-    config = make_config(arm, vision_tower, tokenizer)
+    config = make_config(arm, tower, tokenizer)
     model = LlavaVrForConditionalGeneration(config)
     if arm.module == "wide":
         model.model.multi_modal_projector = WideAvgPool(config).apply(model._init_weights)
@@ -121,7 +122,7 @@ def make_model(
             for parameter in () if hasattr(module, "gate") else module.out.parameters():
                 torch.nn.init.zeros_(parameter)
             model.model.vision_remember[key] = module
-    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False).eval()
     if decoder is not None:
         model.model.language_model.load_state_dict(decoder)

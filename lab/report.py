@@ -13,9 +13,9 @@ from statistics import mean, stdev
 import matplotlib
 import numpy as np
 
-from lab.arms import ABLATION, AGAIN, ARMS, BASELINES, CENTRE, LONGER, PAIRS, UPPER, Arm
+from lab.arms import ABLATION, AGAIN, ARMS, BASELINES, CENTRE, LONGER, PAIRS, ROWS, UPPER, Arm
 from lab.labels import KINDS
-from lab.table import FASTV_TOKENS, RESULTS
+from lab.table import FASTV_TOKENS, FROM_NANO, RESULTS
 from lab.training import SCALES, read_config
 
 
@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 READING = ("ocr", "table", "chart")  # "mean" below is theirs
 DOMAINS = (*READING, "receipt", "shapes")
-STYLES = ("seen", "held out")
+STYLES = {"seen": "Fonts and layouts of training", "held out": "Fonts and layouts held out of training"}
 DRAWS = 2000
 BOUNDS = {"the upper bound": UPPER.name, "the bound trained again": AGAIN.name}  # they end the gap
 FOLLOWED = [UPPER.name, *(arm.name for arm in (*ARMS["cpu"], *BASELINES))]  # whose curves are drawn
@@ -232,6 +232,13 @@ def tower_table(named: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
+def machine_and_cost(scores: dict[str, Score]) -> str:
+    runs = [run for score in scores.values() for run in score.runs if "train_seconds" in run]
+    machine = ", ".join(f"{key} {runs[0][key]}" for key in ("device", "python", "torch", "transformers"))
+    minutes = sum(run["train_seconds"] + run["test_seconds"] for run in runs) / 60
+    return f"Machine: {machine}. Cost: {minutes:.0f} minutes for {len(runs)} models"
+
+
 def section(scale: str) -> list[str]:
     """All about one scale."""
     scores = load(scale)
@@ -239,33 +246,26 @@ def section(scale: str) -> list[str]:
     for plot in (plot_tokens, plot_attention, plot_losses):
         plot(scores, folder)
     tower = json.loads((folder / "tower.json").read_text())
-    first = scores[UPPER.name].runs[0]
-    lines = [f"## Scale {scale}", ""]
-    lines += [f"`python -m lab.table --scale {scale}`, then `python -m lab.report`. "]
-    machine = ", ".join(f"{key} {first[key]}" for key in ("device", "python", "torch", "transformers"))
-    runs = [run for score in scores.values() for run in score.runs if "train_seconds" in run]
-    minutes = sum(run["train_seconds"] + run["test_seconds"] for run in runs) / 60
     steps = {stage: read_config(stage)[scale]["max_steps"] for stage in ("tower", "upper", "compressed")}
-    lines[-1] += (
-        f"Machine: {machine}. Cost: {minutes:.0f} minutes for {len(runs)} models, after the tower; steps: "
-        + ", ".join(f"{stage} {count}" for stage, count in steps.items())
-        + "."
-    )
+    lines = [f"## Scale {scale}", ""]
+    lines += [
+        f"`python -m lab.table --scale {scale}`, then `python -m lab.report`. {machine_and_cost(scores)}, after the "
+        f"tower; steps: {', '.join(f'{stage} {count}' for stage, count in steps.items())}."
+    ]
     lines += ["", "What the frozen tower names right of what lies under the patches of fresh pictures, in percent:", ""]
     lines += tower_table(tower["named"])
     pairs = [arm.name for arm in (UPPER, AGAIN, *PAIRS, *LONGER)]
     pairs += [f"fastv-{tokens}" for tokens in FASTV_TOKENS]
-    for style in STYLES:
-        lines += ["", f"### Fonts and layouts {'of training' if style == 'seen' else 'held out of training'}", ""]
-        lines += score_table(scores, pairs, style)
+    for style, title in STYLES.items():
+        lines += ["", f"### {title}", "", *score_table(scores, pairs, style)]
         gained = gains(scores, style)
         lines += ["", "Gain of the module, with 95% bootstrap intervals over pictures:", "", *gain_table(gained)]
         lines += ["", "What the paper's claim would have here, in points and percent:", ""]
         lines += bars_table(scores, gained, style)
-        for title, arms in (("Other ways", BASELINES), ("Ablation", ABLATION)):
+        for kind, arms in (("Other ways", BASELINES), ("Ablation", ABLATION)):
             names = [CENTRE.name, *(arm.name for arm in arms)]
             if table := against_table(scores, arms, style):
-                lines += ["", f"{title}:", "", *score_table(scores, names, style), "", *table]
+                lines += ["", f"{kind}:", "", *score_table(scores, names, style), "", *table]
     for name, caption in (
         ("tokens", "Accuracy against tokens an image, held-out fonts and layouts."),
         ("attention", "Attention of the question's last token on vision tokens, by decoder layer."),
@@ -280,6 +280,20 @@ def section(scale: str) -> list[str]:
     ]
     if missing:
         lines += ["", f"Rows of the whole table that are missing here: {', '.join(missing)}."]
+    return lines
+
+
+def section_from_nano(scale: str) -> list[str]:
+    """The models that start from the checkpoint at the root: compared with each other, as they have no upper bound."""
+    scores = load(scale + FROM_NANO)
+    lines = [f"## Scale {scale}, from the nano checkpoint", ""]
+    lines += [
+        f"`python -m lab.table --scale {scale} --from-nano --arms NAME`: tower and decoder are those of the checkpoint "
+        f"at the root. {machine_and_cost(scores)}; steps: {read_config('compressed')[scale]['max_steps']}."
+    ]
+    for style, title in STYLES.items():
+        lines += ["", f"### {title}", "", *score_table(scores, [arm.name for arm in ROWS], style)]
+        lines += ["", *against_table(scores, [arm for arm in ROWS if arm != CENTRE], style)]
     return lines
 
 
@@ -298,6 +312,8 @@ def main() -> None:
             lines += ["", *section(scale)]
         else:
             lines += ["", f"## Scale {scale}", "", f"Not run. `python -m lab.table --scale {scale}` runs it."]
+        if (RESULTS / f"{scale}{FROM_NANO}").is_dir():
+            lines += ["", *section_from_nano(scale)]
     lines += ["", "[NOTES.md](NOTES.md) says what was tried."]
     args.output.write_text("\n".join(lines) + "\n")
 

@@ -31,11 +31,11 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--output", type=Path, required=True, help="where to write the checkpoint folder")
     args = parser.parse_args()
-    deadline = deadline_of(args)
-    if not train_tower(args.scale, args.runs / args.scale / "tower", deadline):
+    folder, deadline = args.runs / args.scale, deadline_of(args)
+    if not train_tower(args.scale, folder / "tower", deadline):
         return
     for arm, stage in ((UPPER, "upper"), (NANO, "nano")):
-        trained = train_arm(arm, args.scale, read_config(stage)["seed"], args.runs, deadline)
+        trained = train_arm(arm, args.scale, read_config(stage)["seed"], folder, deadline)
         if trained is None:
             return
     save(trained[0], processor_of(NANO), args.output)

@@ -2,6 +2,7 @@
 
     python -m lab.table --scale cpu                               # two projectors at 16 to 1, with and without; hours
     python -m lab.table --scale cpu --arms avg_pool-16-deepstack  # another row at the same scale
+    python -m lab.table --from-nano --arms avg_pool-16-ours       # from tower and decoder of the root: half an hour
     python -m lab.table --scale gpu --minutes 9                   # a piece of the whole table; the same command goes on
     python -m lab.table --scale gpu --list                        # what there is to do
 
@@ -29,6 +30,7 @@ from lab.training import add_options, deadline_of, describe_machine, read_config
 RESULTS = Path(__file__).parent / "results"
 TEST_SEED, PICTURES = 99, {"cpu": 100, "gpu": 300}  # of each domain, in seen and in held-out style
 FASTV_TOKENS = (9, 36)
+FROM_NANO = "-from-nano"
 
 
 def fastv_answer(keep: int):
@@ -42,11 +44,17 @@ def fastv_answer(keep: int):
     return pruned
 
 
-def jobs(scale: str, names: Collection[str] | None = None) -> list[tuple[Arm, int]]:
-    """The models to train, the upper bound first; those of the scale if no others are named."""
+def jobs(scale: str, names: Collection[str] | None = None, from_nano: bool = False) -> list[tuple[Arm, int]]:
+    """The models to train, the upper bound first if they start from it; those of the scale if no others are named."""
     seeds = read_config("compressed")["seeds"][scale]
     arms = ARMS[scale] if names is None else [arm for arm in ROWS if arm.name in names]
-    return [(UPPER, read_config("upper")["seed"])] + [(arm, seed) for seed in seeds for arm in arms]
+    first = [] if from_nano else [(UPPER, read_config("upper")["seed"])]
+    return first + [(arm, seed) for seed in seeds for arm in arms]
+
+
+def group_of(args: argparse.Namespace) -> str:
+    """The folder of all models that start alike, in `--runs` and in the results."""
+    return args.scale + FROM_NANO * args.from_nano
 
 
 def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
@@ -60,11 +68,11 @@ def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
 
 def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -> bool:
     """Trains and measures one model, unless its result is there; False if time was up."""
-    folder = RESULTS / args.scale
+    folder = RESULTS / group_of(args)
     path = folder / f"{arm.name}-{seed}.json"
     if path.is_file():
         return True
-    trained = train_arm(arm, args.scale, seed, args.runs, deadline)
+    trained = train_arm(arm, args.scale, seed, args.runs / folder.name, deadline, args.from_nano)
     if trained is None or (deadline is not None and time.monotonic() > deadline):
         return False
     start = time.monotonic()
@@ -98,21 +106,26 @@ def main() -> None:
     add_options(parser)
     names = [arm.name for arm in ROWS]
     parser.add_argument("--arms", nargs="+", choices=names, metavar="NAME", help="these rows: " + ", ".join(names))
+    parser.add_argument(
+        "--from-nano",
+        action="store_true",
+        help="start from tower and decoder of the checkpoint at the root, in place of stages one and two",
+    )
     parser.add_argument("--list", action="store_true", help="only say what is done and what is missing")
     args = parser.parse_args()
+    results, todo = RESULTS / group_of(args), jobs(args.scale, args.arms, args.from_nano)
     if args.list:
-        for arm, seed in jobs(args.scale, args.arms):
-            print(
-                "done   " if (RESULTS / args.scale / f"{arm.name}-{seed}.json").is_file() else "missing", arm.name, seed
-            )
+        for arm, seed in todo:
+            print("done   " if (results / f"{arm.name}-{seed}.json").is_file() else "missing", arm.name, seed)
         return
     deadline = deadline_of(args)
-    tower = args.runs / args.scale / "tower"
-    if not train_tower(args.scale, tower, deadline):
-        return
-    (RESULTS / args.scale).mkdir(parents=True, exist_ok=True)
-    shutil.copy(tower / "log.json", RESULTS / args.scale / "tower.json")
-    for arm, seed in jobs(args.scale, args.arms):
+    results.mkdir(parents=True, exist_ok=True)
+    if not args.from_nano:
+        tower = args.runs / args.scale / "tower"
+        if not train_tower(args.scale, tower, deadline):
+            return
+        shutil.copy(tower / "log.json", results / "tower.json")
+    for arm, seed in todo:
         print(f"{arm.name}, seed {seed}", flush=True)
         if not run(arm, seed, args, deadline):
             print("time is up: the same command goes on")

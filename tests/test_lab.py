@@ -1,13 +1,16 @@
 """The lab: what is drawn is what is asked, the baselines are what they say, training resumes, differences are right."""
 
+import json
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
@@ -15,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
-from lab.answers import processor_of, training_of  # noqa: E402
+from lab.answers import processor_of, start_of, training_of  # noqa: E402
 from lab.arms import ABLATION, AGAIN, BASELINES, CENTRE, LONGER, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
 from lab.costs import added_cost  # noqa: E402
@@ -23,7 +26,7 @@ from lab.drawing import FONTS, HELD_OUT_FONTS, Canvas, Turn, generator  # noqa: 
 from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
 from lab.labels import CANVAS, COLOURS, KINDS, PLANES, Labels  # noqa: E402
 from lab.nano import make_processor  # noqa: E402
-from lab.report import Score, bars_table, difference, gain_table, gains  # noqa: E402
+from lab.report import Score, bars_table, difference, gain_table, gains, section_from_nano  # noqa: E402
 from lab.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
 from lab.table import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
@@ -38,7 +41,7 @@ def processors():
 
 
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory) -> Path:
+def tower() -> CLIPVisionModel:
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=128,
@@ -48,9 +51,7 @@ def tower(tmp_path_factory) -> Path:
         image_size=CANVAS,
         patch_size=8,
     )
-    folder = tmp_path_factory.mktemp("tower")
-    CLIPVisionModel(config).save_pretrained(folder)
-    return folder
+    return CLIPVisionModel(config)
 
 
 @pytest.mark.parametrize("domain", DOMAINS.values(), ids=DOMAINS)
@@ -283,7 +284,7 @@ def test_attention_on_vision_is_a_share(upper, processors):
 def test_interrupted_training_ends_where_the_uninterrupted_does(tower, tmp_path):
     def fresh():
         torch.manual_seed(0)
-        return ReadingTower(CLIPVisionModel.from_pretrained(tower, attn_implementation="eager"), [4, 6])
+        return ReadingTower(deepcopy(tower), [4, 6])
 
     settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     data, whole, first, second = LabelledPictures(1, 6, 12), fresh(), fresh(), fresh()
@@ -318,6 +319,28 @@ def test_table_trains_the_upper_bound_and_then_what_is_asked_for():
     assert len(jobs("gpu")) == len(set(jobs("gpu")))
     names = [f"avg_pool-16-{module}-longer3" for module in ("none", "ours")]
     assert [arm.name for arm, _ in jobs("cpu", names)] == [UPPER.name, *names]
+    assert [arm.name for arm, _ in jobs("cpu", names, from_nano=True)] == names
+
+
+def test_models_from_nano_start_with_its_tower_and_decoder_and_all_else_new(tmp_path):
+    tower, decoder = start_of(CENTRE, tmp_path, from_nano=True)
+    model = make_model(CENTRE, tower, processor_of(CENTRE).tokenizer, 0, decoder)
+    same = {name: torch.equal(model.state_dict()[name], weight) for name, weight in load_file(ROOT / "model.safetensors").items()}
+    assert all(same[name] == name.startswith(("model.vision_tower.", "model.language_model.")) for name in same)
+
+
+def test_models_from_nano_are_compared_with_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("lab.report.RESULTS", tmp_path)
+    common = {"tokens": 9, "parameters": 1, "operations": 1, "train_seconds": 60, "test_seconds": 0}
+    common |= dict.fromkeys(("device", "python", "torch", "transformers"), "any")
+    (tmp_path / "cpu-from-nano").mkdir()
+    for arm, right in ((CENTRE, "1110"), (replace(CENTRE, window=8), "1111")):
+        answers = {style: dict.fromkeys(DOMAINS, {"line": right}) for style in ("seen", "held out")}
+        result = {"arm": arm.name, "right": answers, **common}
+        (tmp_path / "cpu-from-nano" / f"{arm.name}-21.json").write_text(json.dumps(result))
+    lines = "\n".join(section_from_nano("cpu"))
+    assert "Cost: 2 minutes for 2 models" in lines
+    assert lines.count("| avg_pool-16-ours-window8 | -25.0 [") == 2  # of training, and held out
 
 
 def test_longer_means_more_steps_and_nothing_else():
