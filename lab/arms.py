@@ -46,7 +46,7 @@ class Arm:
 
 UPPER = Arm("mlp", 1)
 AGAIN = replace(UPPER, longer=1)  # uncompressed, too, but trained in stage three, as the compressed models are
-NANO = Arm("avg_pool", 3, "ours")  # what the root of the repository holds
+NANO = Arm("avg_pool", 3, "ours", window=7)  # what the root of the repository holds
 PAIRS = [Arm(p, s, module) for s in (4, 2) for p in PROJECTORS for module in ("none", "ours")]
 CENTRE = Arm("avg_pool", 4, "ours")
 BASELINES = [replace(CENTRE, module=module) for module in ("wide", "deepstack", "sva", "global")]
@@ -56,6 +56,7 @@ ABLATION = [
     *(replace(CENTRE, levels=levels) for levels in ((2,), (4,), (6,))),
     *(replace(CENTRE, window=window) for window in (6, 8)),
     *(replace(CENTRE, shared=heads) for heads in SHARED),
+    replace(CENTRE, window=8, shared=2),  # a larger window at the operations of `CENTRE`
     *(replace(CENTRE, module=module) for module in ("no bias", "mean")),
 ]
 STAGES = {UPPER: "upper", NANO: "nano"}  # whose configuration files these train by; "compressed" for all others

@@ -15,8 +15,8 @@ import numpy as np
 
 from lab.arms import ABLATION, AGAIN, ARMS, BASELINES, CENTRE, LONGER, PAIRS, ROWS, UPPER, Arm
 from lab.labels import KINDS
-from lab.table import FASTV_TOKENS, FROM_NANO, RESULTS
-from lab.training import SCALES, read_config
+from lab.table import FASTV_TOKENS, RESULTS
+from lab.training import FROM_NANO, SCALES, read_config
 
 
 matplotlib.use("Agg")
@@ -286,10 +286,12 @@ def section(scale: str) -> list[str]:
 def section_from_nano(scale: str) -> list[str]:
     """The models that start from the checkpoint at the root: compared with each other, as they have no upper bound."""
     scores = load(scale + FROM_NANO)
+    starts = sorted({run["start_sha256"][:12] for score in scores.values() for run in score.runs})
     lines = [f"## Scale {scale}, from the nano checkpoint", ""]
     lines += [
         f"`python -m lab.table --scale {scale} --from-nano --arms NAME`: tower and decoder are those of the checkpoint "
-        f"at the root. {machine_and_cost(scores)}; steps: {read_config('compressed')[scale]['max_steps']}."
+        f"whose model.safetensors has sha256 {', '.join(starts)}. {machine_and_cost(scores)}; "
+        f"steps: {read_config('compressed')[scale]['max_steps']}."
     ]
     for style, title in STYLES.items():
         lines += ["", f"### {title}", "", *score_table(scores, [arm.name for arm in ROWS], style)]

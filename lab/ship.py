@@ -1,8 +1,9 @@
 """Trains the nano model on all domains, unless that is done, and writes its checkpoint folder, complete with code.
 
-    python -m lab.ship --scale cpu --output lab/runs/nano
+    python -m lab.ship --scale cpu --output lab/runs/nano              # from nothing
+    python -m lab.ship --scale cpu --from-nano --output lab/runs/nano  # from tower and decoder of the one at the root
 
-It starts from the tower and the decoder of the laboratory, which are trained first where they are missing.
+From nothing, tower and decoder of the laboratory are trained first where they are missing.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 from lab.answers import processor_of, train_arm
 from lab.arms import NANO, UPPER
 from lab.tower import train_tower
-from lab.training import add_options, deadline_of, read_config
+from lab.training import add_options, deadline_of, group_of, read_config
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
@@ -31,14 +32,15 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--output", type=Path, required=True, help="where to write the checkpoint folder")
     args = parser.parse_args()
-    folder, deadline = args.runs / args.scale, deadline_of(args)
-    if not train_tower(args.scale, folder / "tower", deadline):
-        return
-    for arm, stage in ((UPPER, "upper"), (NANO, "nano")):
-        trained = train_arm(arm, args.scale, read_config(stage)["seed"], folder, deadline)
-        if trained is None:
+    folder, deadline = args.runs / group_of(args), deadline_of(args)
+    if not args.from_nano:
+        if not train_tower(args.scale, folder / "tower", deadline):
             return
-    save(trained[0], processor_of(NANO), args.output)
+        if train_arm(UPPER, args.scale, read_config("upper")["seed"], folder, deadline) is None:
+            return
+    trained = train_arm(NANO, args.scale, read_config("nano")["seed"], folder, deadline, args.from_nano)
+    if trained is not None:
+        save(trained[0], processor_of(NANO), args.output)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ What is done is skipped. `python -m lab.report` writes lab/RESULTS.md from the f
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import time
@@ -18,19 +19,18 @@ from pathlib import Path
 
 import torch
 
-from lab.answers import processor_of, train_arm
+from lab.answers import ROOT, processor_of, train_arm
 from lab.arms import ARMS, ROWS, UPPER, Arm
 from lab.baselines import FastV
 from lab.costs import added_cost
 from lab.evaluate import answer, attention_on_vision, draw_cases, measure
 from lab.tower import train_tower
-from lab.training import add_options, deadline_of, describe_machine, read_config
+from lab.training import add_options, deadline_of, describe_machine, group_of, read_config
 
 
 RESULTS = Path(__file__).parent / "results"
 TEST_SEED, PICTURES = 99, {"cpu": 100, "gpu": 300}  # of each domain, in seen and in held-out style
 FASTV_TOKENS = (9, 36)
-FROM_NANO = "-from-nano"
 
 
 def fastv_answer(keep: int):
@@ -50,11 +50,6 @@ def jobs(scale: str, names: Collection[str] | None = None, from_nano: bool = Fal
     arms = ARMS[scale] if names is None else [arm for arm in ROWS if arm.name in names]
     first = [] if from_nano else [(UPPER, read_config("upper")["seed"])]
     return first + [(arm, seed) for seed in seeds for arm in arms]
-
-
-def group_of(args: argparse.Namespace) -> str:
-    """The folder of all models that start alike, in `--runs` and in the results."""
-    return args.scale + FROM_NANO * args.from_nano
 
 
 def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
@@ -79,6 +74,8 @@ def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -
     (model, log), processor = trained, processor_of(arm)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     common = {"projector": arm.projector, "seed": seed, **added_cost(model)}
+    if args.from_nano:
+        common["start_sha256"] = hashlib.sha256((ROOT / "model.safetensors").read_bytes()).hexdigest()
     looked_at = list(draw_cases(TEST_SEED, 20, True, ("ocr", "table", "chart")))
     result = {
         "arm": arm.name,
@@ -106,11 +103,6 @@ def main() -> None:
     add_options(parser)
     names = [arm.name for arm in ROWS]
     parser.add_argument("--arms", nargs="+", choices=names, metavar="NAME", help="these rows: " + ", ".join(names))
-    parser.add_argument(
-        "--from-nano",
-        action="store_true",
-        help="start from tower and decoder of the checkpoint at the root, in place of stages one and two",
-    )
     parser.add_argument("--list", action="store_true", help="only say what is done and what is missing")
     args = parser.parse_args()
     results, todo = RESULTS / group_of(args), jobs(args.scale, args.arms, args.from_nano)

@@ -20,6 +20,7 @@ from lab.muon import MuonAdamW
 
 CONFIGS = Path(__file__).parent / "configs"
 SCALES = ("cpu", "gpu")
+FROM_NANO = "-from-nano"
 
 
 def read_config(stage: str) -> dict[str, Any]:
@@ -107,8 +108,18 @@ def train(
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that trains."""
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="column of the configuration files")
+    parser.add_argument(
+        "--from-nano",
+        action="store_true",
+        help="start from tower and decoder of the checkpoint at the root, in place of stages one and two",
+    )
     parser.add_argument("--minutes", type=float, help="save and stop after this long; the same command goes on")
     parser.add_argument("--runs", type=Path, default=Path("lab/runs"), help="folder for models (default lab/runs)")
+
+
+def group_of(args: argparse.Namespace) -> str:
+    """The folder of all models that start alike, in `--runs` and in the results."""
+    return args.scale + FROM_NANO * args.from_nano
 
 
 def deadline_of(args: argparse.Namespace) -> float | None:

@@ -208,6 +208,14 @@ def test_baselines_cost_what_ours_costs(arm, tower, processors):
     assert theirs["tokens"] == ours["tokens"] == 9
 
 
+def test_a_larger_window_with_shared_heads_costs_no_more(tower, processors):
+    arm = replace(CENTRE, window=8, shared=2)
+    assert arm in ABLATION
+    ours, wider = (added_cost(make_model(a, tower, processors[4].tokenizer, 0)) for a in (CENTRE, arm))
+    assert wider["operations"] == pytest.approx(ours["operations"], rel=0.1)
+    assert wider["parameters"] < ours["parameters"]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_adds_nothing_until_it_is_trained_and_can_be_trained(name, tower, processors):
     model = make_model(Arm("avg_pool", 4, name), tower, processors[4].tokenizer, 0)
@@ -333,6 +341,7 @@ def test_models_from_nano_start_with_its_tower_and_decoder_and_all_else_new(tmp_
 def test_models_from_nano_are_compared_with_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.report.RESULTS", tmp_path)
     common = {"tokens": 9, "parameters": 1, "operations": 1, "train_seconds": 60, "test_seconds": 0}
+    common["start_sha256"] = "0123456789abcdef"
     common |= dict.fromkeys(("device", "python", "torch", "transformers"), "any")
     (tmp_path / "cpu-from-nano").mkdir()
     for arm, right in ((CENTRE, "1110"), (replace(CENTRE, window=8), "1111")):
@@ -340,7 +349,7 @@ def test_models_from_nano_are_compared_with_each_other(tmp_path, monkeypatch):
         result = {"arm": arm.name, "right": answers, **common}
         (tmp_path / "cpu-from-nano" / f"{arm.name}-21.json").write_text(json.dumps(result))
     lines = "\n".join(section_from_nano("cpu"))
-    assert "Cost: 2 minutes for 2 models" in lines
+    assert "sha256 0123456789ab. " in lines and "Cost: 2 minutes for 2 models" in lines
     assert lines.count("| avg_pool-16-ours-window8 | -25.0 [") == 2  # of training, and held out
 
 
