@@ -61,13 +61,19 @@ def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
     return results
 
 
+def result_file(arm: Arm, seed: int, args: argparse.Namespace) -> Path:
+    return RESULTS / group_of(args) / f"{arm.name}-{seed}.json"
+
+
 def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -> bool:
-    """Trains and measures one model, unless its result is there; False if time was up."""
-    folder = RESULTS / group_of(args)
-    path = folder / f"{arm.name}-{seed}.json"
-    if path.is_file():
+    """Trains and measures one model, unless its result is there; False if time was up.
+
+    The upper bound is trained for its weights, too: the others start from its decoder.
+    """
+    path, folder = result_file(arm, seed, args), args.runs / group_of(args)
+    if path.is_file() and (arm != UPPER or (folder / path.stem / "model.safetensors").is_file()):
         return True
-    trained = train_arm(arm, args.scale, seed, args.runs / folder.name, deadline, args.from_nano)
+    trained = train_arm(arm, args.scale, seed, folder, deadline, args.from_nano)
     if trained is None or (deadline is not None and time.monotonic() > deadline):
         return False
     start = time.monotonic()
@@ -92,7 +98,7 @@ def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -
         for keep in FASTV_TOKENS:
             right = measure_all(model, processor, args.scale, answer=fastv_answer(keep))
             pruned = {"arm": f"fastv-{keep}", "module": "fastv", **common, "tokens": keep, "right": right}
-            (folder / f"fastv-{keep}-{seed}.json").write_text(json.dumps({**pruned, **describe_machine()}) + "\n")
+            path.with_name(f"fastv-{keep}-{seed}.json").write_text(json.dumps({**pruned, **describe_machine()}) + "\n")
     path.write_text(json.dumps(result) + "\n")
     return True
 
@@ -105,12 +111,16 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=names, metavar="NAME", help="these rows: " + ", ".join(names))
     parser.add_argument("--list", action="store_true", help="only say what is done and what is missing")
     args = parser.parse_args()
-    results, todo = RESULTS / group_of(args), jobs(args.scale, args.arms, args.from_nano)
+    todo = jobs(args.scale, args.arms, args.from_nano)
+    missing = [job for job in todo if not result_file(*job, args).is_file()]
     if args.list:
         for arm, seed in todo:
-            print("done   " if (results / f"{arm.name}-{seed}.json").is_file() else "missing", arm.name, seed)
+            print("missing" if (arm, seed) in missing else "done   ", arm.name, seed)
         return
-    deadline = deadline_of(args)
+    if not missing:
+        print("every result is there")
+        return
+    deadline, results = deadline_of(args), RESULTS / group_of(args)
     results.mkdir(parents=True, exist_ok=True)
     if not args.from_nano:
         tower = args.runs / args.scale / "tower"

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import charts, ocr, receipts, shapes, tables  # noqa: E402
+from lab import charts, ocr, receipts, shapes, table, tables  # noqa: E402
 from lab.answers import processor_of, start_of, training_of  # noqa: E402
 from lab.arms import ABLATION, AGAIN, BASELINES, CENTRE, LONGER, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
@@ -328,6 +328,36 @@ def test_table_trains_the_upper_bound_and_then_what_is_asked_for():
     names = [f"avg_pool-16-{module}-longer3" for module in ("none", "ours")]
     assert [arm.name for arm, _ in jobs("cpu", names)] == [UPPER.name, *names]
     assert [arm.name for arm, _ in jobs("cpu", names, from_nano=True)] == names
+
+
+def test_table_trains_what_is_missing_and_what_that_starts_from(tmp_path, monkeypatch, capsys):
+    arm, trained = Arm("avg_pool", 4, "sva"), []
+
+    def tower_of(scale, folder, deadline):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.json").write_text("{}")
+        return True
+
+    def time_is_up(arm, *_):
+        trained.append(arm)
+
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(table, "train_tower", tower_of)
+    monkeypatch.setattr(table, "train_arm", time_is_up)
+    monkeypatch.setattr(sys, "argv", ["lab.table", "--runs", str(tmp_path / "runs"), "--arms", arm.name])
+    results = tmp_path / "results" / "cpu"
+    results.mkdir(parents=True)
+    (results / f"{UPPER.name}-11.json").write_text("{}")
+    table.main()
+    assert trained == [UPPER]  # its result is there, its weights are not
+    (tmp_path / "runs" / "cpu" / f"{UPPER.name}-11").mkdir(parents=True)
+    (tmp_path / "runs" / "cpu" / f"{UPPER.name}-11" / "model.safetensors").touch()
+    table.main()
+    assert trained == [UPPER, arm]
+    (results / f"{arm.name}-21.json").write_text("{}")
+    monkeypatch.setattr(table, "train_tower", None)
+    table.main()
+    assert trained == [UPPER, arm] and capsys.readouterr().out.endswith("every result is there\n")
 
 
 def test_models_from_nano_start_with_its_tower_and_decoder_and_all_else_new(tmp_path):
