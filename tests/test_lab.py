@@ -350,8 +350,9 @@ def test_table_trains_what_is_missing_and_what_that_starts_from(tmp_path, monkey
     (results / f"{UPPER.name}-11.json").write_text("{}")
     table.main()
     assert trained == [UPPER]  # its result is there, its weights are not
-    (tmp_path / "runs" / "cpu" / f"{UPPER.name}-11").mkdir(parents=True)
-    (tmp_path / "runs" / "cpu" / f"{UPPER.name}-11" / "model.safetensors").touch()
+    weights = tmp_path / "runs" / "cpu" / f"{UPPER.name}-11" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
     table.main()
     assert trained == [UPPER, arm]
     (results / f"{arm.name}-21.json").write_text("{}")
