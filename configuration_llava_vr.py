@@ -1,152 +1,21 @@
-"""Configuration of LLaVA-VR, and the layout that says how many vision tokens an image becomes."""
+"""Configuration of LLaVA-VR: fields, derived defaults, checks."""
 
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.image_processing_utils import select_best_resolution
+
+from .layout_llava_vr import LAYOUTS, ImageLayout, make_layout, window_size
+from .projectors_llava_vr import PROJECTORS
 
 
-# Each projector's own options (`projector_kwargs`) and their defaults; None is derived from the vision tower's sizes
-PROJECTOR_OPTIONS: dict[str, dict[str, Any]] = {
-    "mlp": {},
-    "avg_pool": {},
-    "pixel_shuffle": {},
-    "ldpv2": {},
-    "c_abstractor": {
-        "hidden_size": None,
-        "depth": 3,
-        "mlp_depth": 2,
-        "position_embedding": True,
-        "pre_norm": False,
-        "end_tokens": 0,
-    },
-    "tokenpacker": {"feature_layers": None, "num_heads": None},
-    "resampler": {"depth": 2, "num_heads": None},
+AUTO_MAP = {
+    "AutoConfig": "configuration_llava_vr.LlavaVrConfig",
+    "AutoModel": "modeling_llava_vr.LlavaVrModel",
+    "AutoModelForImageTextToText": "modeling_llava_vr.LlavaVrForConditionalGeneration",
 }
-LOWEST_OPTIONS = {"hidden_size": 1, "depth": 0, "mlp_depth": 1, "end_tokens": 0, "num_heads": 1}
-MERGE_TYPES = ("spatial_unpad", "spatial", "flat", "slices")
-SELECT_STRATEGIES = ("default", "full")
-
-
-def tokens_per_side(grid_size: int, downsample: int | float) -> int:
-    """Vision tokens per side of a tile with `grid_size` patches a side; rounding keeps 7 / (7 / 3) at 3."""
-    return math.ceil(round(grid_size / downsample, 4))
-
-
-def region_bounds(index: Any, grid_size: int, downsample: int | float) -> tuple[Any, Any]:
-    """The first patch of a token's region along a side of the grid, and the one after its last.
-
-    Where `downsample` is a fraction, regions overlap and are those of `nn.AdaptiveAvgPool2d`. Where it is whole and
-    does not divide the grid, the last one reaches beyond it.
-
-    Args:
-        index: of the token along the side, an `int` or a tensor of them.
-    """
-    tokens = tokens_per_side(grid_size, downsample)
-    covered = round(tokens * downsample)  # patches, with the padding
-    return index * covered // tokens, ((index + 1) * covered + tokens - 1) // tokens
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """How the vision tokens of an image are arranged, and so how many there are.
-
-    The model packs by it and the processor writes placeholders by it. Tokens of the base tile come first; those of the
-    other tiles follow, merged into one grid, row by row. With "slices" no grid is made: the tiles follow each other
-    whole, the base tile last, a separator after each.
-
-    Args:
-        tile_size: pixels per side of a tile, the vision tower's input.
-        tokens_per_side: vision tokens per side of a tile, after the projector.
-        pinpoints: the tilings to choose from, as (height, width) in pixels; empty for one tile an image.
-        merge_type: "spatial_unpad" (padding removed, a newline token after each row), "spatial", "flat" or "slices".
-        max_tiles: past this many tiles' worth of tokens the grid is resampled (LLaVA-OneVision); None for never.
-        end_tokens: tokens without a region that the projector adds to each tile.
-    """
-
-    tile_size: int
-    tokens_per_side: int
-    pinpoints: Sequence[Sequence[int]] = ()
-    merge_type: str = "spatial_unpad"
-    max_tiles: int | None = None
-    end_tokens: int = 0
-
-    @classmethod
-    def create(
-        cls,
-        image_aspect_ratio: str,
-        tile_size: int,
-        patch_size: int,
-        downsample: int | float,
-        pinpoints: Sequence[Sequence[int]] | None,
-        merge_type: str,
-        end_tokens: int,
-    ) -> "ImageLayout":
-        """The layout of a configuration's or a processor's fields of the same names."""
-        anyres = image_aspect_ratio.startswith("anyres")
-        return cls(
-            tile_size=tile_size,
-            tokens_per_side=tokens_per_side(tile_size // patch_size, downsample),
-            pinpoints=[list(pair) for pair in pinpoints] if anyres else [],
-            merge_type=merge_type,
-            max_tiles=int(image_aspect_ratio.removeprefix("anyres_max_")) if "_max_" in image_aspect_ratio else None,
-            end_tokens=end_tokens,
-        )
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return self.tokens_per_side**2 + self.end_tokens
-
-    def tiling(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of tiles beside the base tile, for an image of (height, width) pixels."""
-        height, width = select_best_resolution(tuple(image_size), self.pinpoints)
-        return height // self.tile_size, width // self.tile_size
-
-    def num_tiles(self, image_size: Sequence[int]) -> int:
-        """Tiles of an image, the base tile included."""
-        return 1 + math.prod(self.tiling(image_size)) if self.pinpoints else 1
-
-    def unpad(self, image_size: Sequence[int]) -> tuple[slice, slice]:
-        """The rows and columns of the merged token grid that show the image and not its padding (LLaVA-NeXT's rule)."""
-        rows, columns = (n * self.tokens_per_side for n in self.tiling(image_size))
-        height, width = image_size
-        if width / height > columns / rows:
-            padding = (rows - int(round(height * (columns / width), 7))) // 2
-            return slice(padding, rows - padding), slice(0, columns)
-        padding = (columns - int(round(width * (rows / height), 7))) // 2
-        return slice(0, rows), slice(padding, columns - padding)
-
-    def resample(self, rows: int, columns: int) -> tuple[int, int]:
-        """The grid to which a grid of tokens is resampled (LLaVA-OneVision's rule: only past 1.1 times the limit)."""
-        if self.max_tiles is not None:
-            ratio = math.sqrt(rows * columns / (self.max_tiles * self.tokens_per_side**2))
-            if ratio > 1.1:
-                return max(1, int(rows // ratio)), max(1, int(columns // ratio))
-        return rows, columns
-
-    def separators(self, image_size: Sequence[int]) -> list[int]:
-        """What follows each slice: 0 between two of a row, 1 after a row and after the base tile.
-
-        An image of one slice has no base tile.
-        """
-        rows, columns = self.tiling(image_size)
-        found = ([0] * (columns - 1) + [1]) * rows
-        return found if len(found) == 1 else [*found, 1]
-
-    def num_tokens(self, image_size: Sequence[int]) -> int:
-        """Vision tokens of an image of (height, width) pixels, newlines, separators and end tokens included."""
-        if self.pinpoints and self.merge_type == "slices":
-            return len(self.separators(image_size)) * (self.tokens_per_tile + 1)
-        if not self.pinpoints or self.merge_type != "spatial_unpad":
-            return self.num_tiles(image_size) * self.tokens_per_tile
-        rows, columns = self.resample(*(part.stop - part.start for part in self.unpad(image_size)))
-        return self.tokens_per_tile + rows * (columns + 1)
+LOWEST_OPTIONS = {"hidden_size": 1, "depth": 0, "mlp_depth": 1, "num_heads": 1}
 
 
 @strict
@@ -154,7 +23,8 @@ class LlavaVrConfig(PreTrainedConfig):
     r"""Configuration of a LLaVA-VR model. `LlavaVrConfig()` is a 2B model: CLIP-ViT-L/14-336 and Qwen2-1.5B.
 
     Every field that depends on a size has a derived default, written out when the configuration is made. An impossible
-    combination raises a `ValueError` that names the field and the values it may have.
+    combination raises an error of `huggingface_hub.dataclasses`, or a `ValueError`, that names the field and the values
+    it may have.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`):
@@ -165,30 +35,34 @@ class LlavaVrConfig(PreTrainedConfig):
             Id of the placeholder that a vision token replaces. `image_token_index` is an alias.
         projector_type (`str`, defaults to `"avg_pool"`):
             One of mlp, avg_pool, pixel_shuffle, ldpv2, c_abstractor, tokenpacker, resampler.
-        projector_downsample (`int` or `float`, defaults to 2):
-            s: each region of s x s patches becomes one vision token. 1 goes with mlp, and only with it. c_abstractor
-            takes fractions that divide the grid, too, such as 1.5: regions then overlap, as `nn.AdaptiveAvgPool2d`'s.
+        projector_downsample (`int`, defaults to 2):
+            s: each region of s x s patches becomes one vision token. 1 goes with mlp, and as one of the choices below.
+        projector_downsample_choices (`list[int]`, *optional*):
+            The values of s that a caller may ask for, such as [1, 2, 4]; null for `projector_downsample` alone. For
+            projectors whose weights do not depend on s: avg_pool, ldpv2, c_abstractor, tokenpacker. At 1 no Vision
+            Remember module runs.
         projector_hidden_act (`str`, defaults to `"gelu"`)
         projector_kwargs (`dict`, *optional*):
-            The projector's own options; see `PROJECTOR_OPTIONS`.
-        vision_feature_layer (`int`, defaults to -2):
-            Index into the tower's hidden states (0 is the embeddings) of what the projector reads.
+            The projector's own options; see `options` of its class.
+        vision_feature_layer (`int` or `list[int]`, defaults to -2):
+            Index into the tower's hidden states (0 is the embeddings) of what the projector reads; several are joined.
         vision_feature_select_strategy (`str`, defaults to `"default"`):
             "default" drops the CLS token where the tower has one, "full" keeps all.
         remember_feature_layers (`list[int]`, defaults to [13, 18, 23] at 24 layers, in proportion otherwise):
             Indices into the tower's hidden states whose features, joined, are the memory.
         remember_layers (`list[int]`, defaults to four, evenly spaced from 0):
-            Decoder layers after which a Vision Remember module stands; [] for none.
+            Decoder layers after which a Vision Remember module stands; [] for none. Never the last, after which no text
+            token could see the update.
         remember_hidden_size (`int`, defaults to 1024), remember_num_heads (`int`, defaults to 16):
             Width and heads of the module's attention.
         remember_num_key_value_heads (`int`, defaults to 2):
-            Heads of its keys and values, each shared by as many heads of the query; null for as many as of the query.
-        remember_window (`int`, *optional*):
-            Features per side that a vision token sees; null for those of its region. Larger windows overlap.
+            Heads of its keys and values (GQA); null for as many as of the query.
+        remember_window_ratio (`float`, defaults to 2.0):
+            Side of a token's window of the memory over that of its region; 1.0 is the paper's. See `window_size`.
         image_aspect_ratio (`str`, defaults to `"anyres"`):
             "anyres", "anyres_max_N" (at most N tiles' worth of tokens), "pad" or "square" (one tile).
         image_merge_type (`str`, defaults to `"spatial_unpad"`):
-            How tiles join: "spatial_unpad", "spatial", "flat" or "slices" (see `ImageLayout`).
+            How tiles join: "spatial_unpad", "spatial", "flat" or "slices" (see `layout_llava_vr.py`).
         image_separator_ids (`list[int]`, *optional*):
             With "slices", and only then: the tokens whose embeddings stand between tiles of a row and after a row.
         image_grid_pinpoints (`list[list[int]]`, *optional*):
@@ -200,24 +74,26 @@ class LlavaVrConfig(PreTrainedConfig):
     model_type = "llava_vr"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     attribute_map = {"image_token_index": "image_token_id"}
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "remember_attentions"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151646
-    projector_type: str = "avg_pool"
-    projector_downsample: int | float = 2
-    projector_hidden_act: str = "gelu"
+    projector_type: Literal[*PROJECTORS] = "avg_pool"
+    projector_downsample: int = 2
+    projector_downsample_choices: list[int] | None = None
+    projector_hidden_act: Literal[*ACT2FN] = "gelu"
     projector_kwargs: dict | None = None
-    vision_feature_layer: int = -2
-    vision_feature_select_strategy: str = "default"
+    vision_feature_layer: int | list[int] = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
     remember_feature_layers: list[int] | None = None
     remember_layers: list[int] | None = None
     remember_hidden_size: int = 1024
     remember_num_heads: int = 16
     remember_num_key_value_heads: int | None = 2
-    remember_window: int | None = None
+    remember_window_ratio: float | int = 2.0
     image_aspect_ratio: str = "anyres"
-    image_merge_type: str = "spatial_unpad"
+    image_merge_type: Literal[*LAYOUTS] = "spatial_unpad"
     image_separator_ids: list[int] | None = None
     image_grid_pinpoints: list | None = None
     tie_word_embeddings: bool | None = None
@@ -253,19 +129,19 @@ class LlavaVrConfig(PreTrainedConfig):
             "vision_config", self.vision_config, "image_size", "patch_size", "hidden_size", "num_hidden_layers"
         )
         _check_sizes("text_config", self.text_config, "vocab_size", "hidden_size", "num_hidden_layers")
-        _check_choice("projector_type", self.projector_type, tuple(PROJECTOR_OPTIONS))
         depth, tile = self.vision_config.num_hidden_layers, self.vision_config.image_size
         derived = {
             "feature_layers": [round(depth * level / 24) for level in (12, 16, 22, 23)],
             "hidden_size": self.vision_config.hidden_size,
             "num_heads": max(1, self.vision_config.hidden_size // 128),
         }
-        options = {**PROJECTOR_OPTIONS[self.projector_type], **(self.projector_kwargs or {})}
+        options = {**PROJECTORS[self.projector_type].options, **(self.projector_kwargs or {})}
         self.projector_kwargs = {k: derived.get(k) if v is None else v for k, v in options.items()}
         if self.remember_feature_layers is None:
             self.remember_feature_layers = sorted({round(depth * level / 24) for level in (13, 18, 23)})
         if self.remember_layers is None:
-            self.remember_layers = sorted({self.text_config.num_hidden_layers * i // 4 for i in range(4)})
+            layers = self.text_config.num_hidden_layers
+            self.remember_layers = sorted({layers * i // 4 for i in range(4)} - {layers - 1})
         if self.remember_num_key_value_heads is None:
             self.remember_num_key_value_heads = self.remember_num_heads
         if self.image_grid_pinpoints is None:
@@ -273,11 +149,7 @@ class LlavaVrConfig(PreTrainedConfig):
             self.image_grid_pinpoints = [[rows * tile, columns * tile] for rows, columns in tilings]
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
-        super().__post_init__(**kwargs)
-        self._check_vision()
-        self._check_projector()
-        self._check_remember()
-        self._check_images()
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
 
     @property
     def feature_grid(self) -> int:
@@ -285,23 +157,15 @@ class LlavaVrConfig(PreTrainedConfig):
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
-    def window_size(self) -> int:
-        """Features per side of a vision token's window of the memory."""
-        return self.region_size if self.remember_window is None else self.remember_window
+    def feature_layers(self) -> list[int]:
+        """`vision_feature_layer` as a list."""
+        layers = self.vision_feature_layer
+        return [layers] if isinstance(layers, int) else layers
 
     @property
-    def region_size(self) -> int:
-        """Patches per side of a vision token's region, of the largest if they differ."""
-        grid, s = self.feature_grid, self.projector_downsample
-        bounds = (region_bounds(i, grid, s) for i in range(tokens_per_side(grid, s)))
-        return max(end - start for start, end in bounds)
-
-    @property
-    def windows_are_padded(self) -> bool:
-        """Whether windows at the edges may reach beyond the grid."""
-        grid, s = self.feature_grid, self.projector_downsample
-        start, end = region_bounds(tokens_per_side(grid, s) - 1, grid, s)
-        return end > grid or self.window_size > min(end - start, region_bounds(0, grid, s)[1])
+    def feature_size(self) -> int:
+        """Width of what the projector reads of a patch, all of `vision_feature_layer` joined."""
+        return len(self.feature_layers) * self.vision_config.hidden_size
 
     @property
     def memory_size(self) -> int:
@@ -309,18 +173,33 @@ class LlavaVrConfig(PreTrainedConfig):
         return len(self.remember_feature_layers) * self.vision_config.hidden_size
 
     @property
+    def key_value_size(self) -> int:
+        """K: width of a module's keys, and of its values."""
+        return self.remember_hidden_size // self.remember_num_heads * self.remember_num_key_value_heads
+
+    @property
+    def downsamples(self) -> list[int]:
+        """The values of s that a caller may ask for."""
+        return self.projector_downsample_choices or [self.projector_downsample]
+
+    @property
     def image_layout(self) -> ImageLayout:
-        return ImageLayout.create(
+        vision = self.vision_config
+        return make_layout(
             self.image_aspect_ratio,
-            self.vision_config.image_size,
-            self.vision_config.patch_size,
-            self.projector_downsample,
-            self.image_grid_pinpoints,
             self.image_merge_type,
-            self.projector_kwargs.get("end_tokens", 0),
+            vision.image_size,
+            vision.patch_size,
+            self.image_grid_pinpoints,
         )
 
-    def _check_vision(self):
+    def window_size(self, downsample: int) -> int:
+        """W: patches per side of a token's window; 0 at s = 1 of a projector that downsamples: no module runs."""
+        if downsample == 1 and self.projector_type != "mlp":
+            return 0
+        return window_size(downsample, self.remember_window_ratio)
+
+    def validate_vision(self):
         if self.feature_grid < 1:
             raise ValueError(
                 f"vision_config.patch_size ({self.vision_config.patch_size}) must not exceed "
@@ -328,12 +207,12 @@ class LlavaVrConfig(PreTrainedConfig):
             )
         states = self.vision_config.num_hidden_layers + 1
         layers = {
-            "vision_feature_layer": [self.vision_feature_layer],
+            "vision_feature_layer": self.feature_layers,
             "remember_feature_layers": self.remember_feature_layers,
-            "projector_kwargs['feature_layers']": self.projector_kwargs.get("feature_layers", []),
+            "projector_kwargs['feature_layers']": self.projector_kwargs.get("feature_layers", [0]),
         }
         for field, indices in layers.items():
-            if not isinstance(indices, (list, tuple)):
+            if not isinstance(indices, list) or not (indices or field.startswith("remember")):
                 raise ValueError(f"{field} must be a list of hidden states, found {indices!r}.")
             for index in indices:
                 if not isinstance(index, int) or not -states <= index < states:
@@ -341,14 +220,14 @@ class LlavaVrConfig(PreTrainedConfig):
                         f"{field} has {index!r}, but the vision tower has {states} hidden states: "
                         f"use {-states} to {states - 1}."
                     )
-        _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, SELECT_STRATEGIES)
 
-    def _check_projector(self):
-        unknown = set(self.projector_kwargs) - set(PROJECTOR_OPTIONS[self.projector_type])
+    def validate_projector(self):
+        projector = PROJECTORS[self.projector_type]
+        unknown = set(self.projector_kwargs) - set(projector.options)
         if unknown:
             raise ValueError(
                 f"projector_kwargs has {sorted(unknown)}, but {self.projector_type} has the options "
-                f"{sorted(PROJECTOR_OPTIONS[self.projector_type])}."
+                f"{sorted(projector.options)}."
             )
         for option, lowest in LOWEST_OPTIONS.items():
             value = self.projector_kwargs.get(option, lowest)
@@ -356,20 +235,23 @@ class LlavaVrConfig(PreTrainedConfig):
                 raise ValueError(
                     f"projector_kwargs[{option!r}] must be an integer of at least {lowest}, found {value!r}."
                 )
-        if not self.projector_kwargs.get("feature_layers", True):
-            raise ValueError("projector_kwargs['feature_layers'] must name a hidden state.")
-        _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
-        s, grid = self.projector_downsample, self.feature_grid
-        if isinstance(s, float):
-            if self.projector_type != "c_abstractor":
+        width, heads = self.feature_size, self.projector_kwargs.get("num_heads", 1)
+        if width % heads:
+            raise ValueError(f"projector_kwargs['num_heads'] must divide the features' width {width}, found {heads}.")
+
+    def validate_downsample(self):
+        s, choices, grid = self.projector_downsample, self.projector_downsample_choices, self.feature_grid
+        if choices is not None:
+            if not PROJECTORS[self.projector_type].any_downsample:
+                able = ", ".join(name for name, projector in PROJECTORS.items() if projector.any_downsample)
                 raise ValueError(
-                    f"projector_downsample must be a whole number with projector_type {self.projector_type}, found "
-                    f"{s}; fractions go with c_abstractor."
+                    f"projector_downsample_choices must be null with projector_type {self.projector_type}, whose "
+                    f"weights depend on the downsampling; choices go with {able}."
                 )
-            if not 1 < s <= grid or abs(tokens_per_side(grid, s) * s - grid) > 1e-2:
+            if s not in choices or len(set(choices)) < len(choices) or any(not 1 <= n <= grid for n in choices):
                 raise ValueError(
-                    f"projector_downsample must be whole, or {grid} (the grid's side) divided by a smaller whole "
-                    f"number, found {s}."
+                    f"projector_downsample_choices must be different integers from 1 to {grid} (the grid's side), "
+                    f"among them projector_downsample {s}; found {choices}."
                 )
         elif self.projector_type == "mlp" and s != 1:
             raise ValueError(
@@ -377,21 +259,16 @@ class LlavaVrConfig(PreTrainedConfig):
             )
         elif self.projector_type != "mlp" and not 2 <= s <= grid:
             raise ValueError(
-                f"projector_downsample must be from 2 to {grid} (the grid's side) with "
-                f"projector_type {self.projector_type}, found {s}; 1 goes with mlp."
-            )
-        width, heads = self.vision_config.hidden_size, self.projector_kwargs.get("num_heads", 1)
-        if width % heads:
-            raise ValueError(
-                f"projector_kwargs['num_heads'] must divide vision_config.hidden_size {width}, found {heads}."
+                f"projector_downsample must be from 2 to {grid} (the grid's side) with projector_type "
+                f"{self.projector_type}, found {s}; 1 goes with mlp, and as one of projector_downsample_choices."
             )
 
-    def _check_remember(self):
-        layers, depth = self.remember_layers, self.text_config.num_hidden_layers
-        if len(set(layers)) != len(layers) or any(not 0 <= layer < depth for layer in layers):
+    def validate_remember(self):
+        layers, last = self.remember_layers, self.text_config.num_hidden_layers - 1
+        if len(set(layers)) != len(layers) or any(not 0 <= layer < last for layer in layers):
             raise ValueError(
-                f"remember_layers must be different decoder layers from 0 to {depth - 1}, or [] for none; "
-                f"found {layers}."
+                f"remember_layers must be different decoder layers from 0 to {last - 1}, or [] for none; after the "
+                f"last, {last}, no text token could see the update. Found {layers}."
             )
         if layers and not self.remember_feature_layers:
             raise ValueError("remember_feature_layers must name a hidden state, or remember_layers be [].")
@@ -401,35 +278,16 @@ class LlavaVrConfig(PreTrainedConfig):
         shared = self.remember_num_key_value_heads
         if shared < 1 or heads % shared:
             raise ValueError(f"remember_num_key_value_heads must divide remember_num_heads {heads}, found {shared}.")
-        region, window = self.region_size, self.window_size
-        if window < region:
-            raise ValueError(
-                f"remember_window must be null or at least {region}, a region's side with projector_downsample "
-                f"{self.projector_downsample}; found {window}."
-            )
+        if not 1 <= self.remember_window_ratio < float("inf"):
+            raise ValueError(f"remember_window_ratio must be 1.0 or more, found {self.remember_window_ratio}.")
 
-    def _check_images(self):
-        if self.image_token_id < 0:
-            raise ValueError(f"image_token_id must be a token's id, 0 or more, found {self.image_token_id}.")
-        ratio = self.image_aspect_ratio
-        check_tiling(ratio, self.image_merge_type)
-        if ratio.startswith("anyres"):
-            tile = self.vision_config.image_size
-            for pair in self.image_grid_pinpoints:
-                if (
-                    not isinstance(pair, (list, tuple))
-                    or len(pair) != 2
-                    or any(not isinstance(side, int) or side < tile or side % tile for side in pair)
-                ):
-                    raise ValueError(
-                        f"image_grid_pinpoints must be (height, width) pairs of multiples of the tile, {tile} pixels; "
-                        f"found {pair}."
-                    )
-            if not self.image_grid_pinpoints:
-                raise ValueError(f"image_grid_pinpoints must not be empty with image_aspect_ratio {ratio!r}.")
-            if self.projector_kwargs.get("end_tokens") and self.image_merge_type not in ("flat", "slices"):
-                raise ValueError("projector_kwargs['end_tokens'] needs one tile, or image_merge_type flat or slices.")
-        ids, vocabulary = self.image_separator_ids, self.text_config.vocab_size
+    def validate_tokens(self):
+        vocabulary, ids = self.text_config.vocab_size, self.image_separator_ids
+        if not 0 <= self.image_token_id < vocabulary:
+            raise ValueError(
+                f"image_token_id must be a token's id, from 0 to {vocabulary - 1} (text_config.vocab_size - 1), found "
+                f"{self.image_token_id}."
+            )
         if (ids is None) == (self.image_merge_type == "slices"):
             raise ValueError(
                 "image_separator_ids must be two token ids with image_merge_type slices and null otherwise; found "
@@ -441,23 +299,8 @@ class LlavaVrConfig(PreTrainedConfig):
                 f"after a row; found {ids}."
             )
 
-
-def check_tiling(image_aspect_ratio: str, image_merge_type: str):
-    """Refuses values of these fields, of a configuration or a processor, that do not exist or do not go together."""
-    number = re.fullmatch("anyres_max_([1-9][0-9]*)", image_aspect_ratio)
-    if image_aspect_ratio not in ("anyres", "pad", "square") and not number:
-        raise ValueError(
-            f"image_aspect_ratio must be anyres, anyres_max_N (N > 0), pad or square, found {image_aspect_ratio!r}."
-        )
-    _check_choice("image_merge_type", image_merge_type, MERGE_TYPES)
-    if number and image_merge_type != "spatial_unpad":
-        raise ValueError(
-            f"image_merge_type must be spatial_unpad with {image_aspect_ratio}, found {image_merge_type!r}."
-        )
-    if image_merge_type == "slices" and image_aspect_ratio != "anyres":
-        raise ValueError(
-            f"image_aspect_ratio must be anyres with image_merge_type slices, found {image_aspect_ratio!r}."
-        )
+    def validate_layout(self):
+        self.image_layout  # noqa: B018  # refuses fields that do not go together
 
 
 def _sub_config(field: str, config: dict | PreTrainedConfig | None, default_type: str, **defaults) -> PreTrainedConfig:
@@ -465,11 +308,10 @@ def _sub_config(field: str, config: dict | PreTrainedConfig | None, default_type
         return config
     if config is None:
         return CONFIG_MAPPING[default_type](**defaults)
-    values = {key: value for key, value in config.items() if key != "model_type"}
     model_type = config.get("model_type", default_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"{field}.model_type must be one that transformers knows, found {model_type!r}.")
-    return CONFIG_MAPPING[model_type](**values)
+    return CONFIG_MAPPING[model_type].from_dict(config)
 
 
 def _check_sizes(field: str, config: PreTrainedConfig, *names: str):
@@ -481,9 +323,4 @@ def _check_sizes(field: str, config: PreTrainedConfig, *names: str):
             )
 
 
-def _check_choice(field: str, value: str, choices: tuple[str, ...]):
-    if value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(choices)}, found {value!r}.")
-
-
-__all__ = ["ImageLayout", "LlavaVrConfig"]
+__all__ = ["LlavaVrConfig"]

@@ -7,18 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from packaging import version
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, load_image
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
-from .configuration_llava_vr import ImageLayout, check_tiling
-
-
-EXPANDS_PLACEHOLDERS = hasattr(ProcessorMixin, "get_text_with_replacements")  # transformers does it itself from 5.8 on
-MASKS_AFTER_IMAGES = version.parse(transformers.__version__) >= version.parse("5.18")  # before, the mask is misplaced
+from .layout_llava_vr import ImageLayout, make_layout
 
 
 def open_image(source: str | os.PathLike) -> Image.Image:
@@ -83,6 +77,14 @@ def to_rgb_array(image: np.ndarray | torch.Tensor, channels_last: bool | None = 
     return image if image.shape[0] == 3 else image[[0, 0, 0]]
 
 
+class LlavaVrImagesKwargs(ImagesKwargs, total=False):
+    projector_downsample: int | list[int] | None
+
+
+class LlavaVrProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: LlavaVrImagesKwargs
+
+
 class LlavaVrProcessor(ProcessorMixin):
     r"""Image processor and tokenizer as one, and the number of placeholders that an image gets.
 
@@ -92,10 +94,12 @@ class LlavaVrProcessor(ProcessorMixin):
         tokenizer: with `image_token` as one token.
         chat_template (`str`, *optional*)
         image_token (`str`, defaults to `"<image>"`): the placeholder, once for each image in the text given.
-        patch_size, projector_downsample, image_aspect_ratio, image_merge_type: as in the configuration; without an
-            `image_aspect_ratio` it is "anyres" for an image processor that makes tiles, else "square".
-        image_end_tokens (`int`, defaults to 0): tokens that the projector adds to each tile.
+        patch_size, projector_downsample, projector_downsample_choices, image_aspect_ratio, image_merge_type: as in the
+            configuration; without an `image_aspect_ratio` it is "anyres" for an image processor that makes tiles, else
+            "square".
     """
+
+    valid_processor_kwargs = LlavaVrProcessorKwargs
 
     def __init__(
         self,
@@ -104,10 +108,10 @@ class LlavaVrProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         patch_size: int = 14,
-        projector_downsample: int | float = 2,
+        projector_downsample: int = 2,
+        projector_downsample_choices: list[int] | None = None,
         image_aspect_ratio: str | None = None,
         image_merge_type: str = "spatial_unpad",
-        image_end_tokens: int = 0,
         **kwargs,
     ):
         if image_token not in tokenizer.get_vocab():
@@ -120,30 +124,23 @@ class LlavaVrProcessor(ProcessorMixin):
                 f"image_aspect_ratio {image_aspect_ratio!r} needs an image processor with image_grid_pinpoints, such "
                 f"as LlavaNextImageProcessor; found {type(image_processor).__name__}."
             )
-        check_tiling(image_aspect_ratio, image_merge_type)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.patch_size = patch_size
         self.projector_downsample = projector_downsample
+        self.projector_downsample_choices = projector_downsample_choices
         self.image_aspect_ratio = image_aspect_ratio
         self.image_merge_type = image_merge_type
-        self.image_end_tokens = image_end_tokens
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_layout  # noqa: B018  # refuses fields that do not go together
 
     @property
     def image_layout(self) -> ImageLayout:
         """As the configuration's property of this name, from the processor's own fields."""
         size = getattr(self.image_processor, "crop_size", None) or self.image_processor.size
         tile_size = size.get("height") or size.get("shortest_edge")
-        return ImageLayout.create(
-            self.image_aspect_ratio,
-            tile_size,
-            self.patch_size,
-            self.projector_downsample,
-            getattr(self.image_processor, "image_grid_pinpoints", None),
-            self.image_merge_type,
-            self.image_end_tokens,
-        )
+        pinpoints = getattr(self.image_processor, "image_grid_pinpoints", None)
+        return make_layout(self.image_aspect_ratio, self.image_merge_type, tile_size, self.patch_size, pinpoints)
 
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
@@ -152,10 +149,13 @@ class LlavaVrProcessor(ProcessorMixin):
         Args:
             images: PIL images, arrays, tensors, paths, URLs or base64 texts; one, a list, or a list for each text.
             text: one text or a list, each with an `image_token` for each of its images.
+            projector_downsample (`int` or `list[int]`, *optional*): s, how many patches a side become one vision token:
+                one of `projector_downsample_choices`, or a list of them, one for each image.
 
         Returns:
             `input_ids`, `attention_mask`, and with images `pixel_values` `(images, tiles, 3, height, width)` or, with
-            one tile, `(images, 3, height, width)`, and `image_sizes` `(images, 2)` as (height, width).
+            one tile, `(images, 3, height, width)`, and `image_sizes` `(images, 2)` as (height, width); with a
+            `projector_downsample` also `image_downsamples` `(images,)`.
 
         Raises:
             ValueError: as many images as placeholders are needed; an image that cannot be read is named by its number;
@@ -166,24 +166,34 @@ class LlavaVrProcessor(ProcessorMixin):
         if options:
             kwargs["images_kwargs"] = options
         images, counts = self._read_images([] if images is None else images, data_format)
-        sizes = [tuple(image.shape[1:]) for image in images]
         text = [text] if isinstance(text, str) else text
         if text is not None and not kwargs.get("sanitize_control_tokens"):  # it marks what is not a placeholder
             self._check_placeholders(text, len(images), counts)
-        if text is not None and not EXPANDS_PLACEHOLDERS:
-            text = self._expand_placeholders(text, sizes)
-        if not images:
-            inputs = super().__call__(text=text, **kwargs)
-            self._check_length(inputs)
-            return inputs
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=images or None, text=text, **kwargs)
         self._check_length(inputs)
-        if text is not None and not EXPANDS_PLACEHOLDERS:
-            self._check_special_mm_tokens(text, inputs, modalities=["image"])
-        if "image_sizes" not in inputs:
-            is_tensor = isinstance(inputs["pixel_values"], torch.Tensor)
-            inputs["image_sizes"] = torch.tensor(sizes) if is_tensor else np.array(sizes)
         return inputs
+
+    def _process_images(
+        self, images: list, projector_downsample: int | list[int] | None = None, **kwargs
+    ) -> tuple[BatchFeature, list[str]]:
+        inputs = self.image_processor(images, **kwargs)
+        convert = torch.tensor if isinstance(inputs["pixel_values"], torch.Tensor) else np.array
+        if "image_sizes" not in inputs:
+            inputs["image_sizes"] = convert([tuple(image.shape[1:]) for image in images])
+        if projector_downsample is not None:
+            inputs["image_downsamples"] = convert(self._check_downsamples(projector_downsample, len(images)))
+        return inputs, [self.replace_image_token(inputs, i) for i in range(len(images))]
+
+    def _check_downsamples(self, asked: int | list[int], num_images: int) -> list[int]:
+        """One s for each image, each of them one that the model takes."""
+        downsamples = [asked] * num_images if isinstance(asked, int) else list(asked)
+        choices = self.projector_downsample_choices or [self.projector_downsample]
+        if len(downsamples) != num_images or not set(downsamples) <= set(choices):
+            raise ValueError(
+                f"projector_downsample must be one of {choices} (projector_downsample_choices), or a list of them, one "
+                f"for each of the {num_images} images; found {asked}."
+            )
+        return downsamples
 
     def apply_chat_template(self, conversation: list, *args, sanitize_control_tokens: bool = False, **kwargs):
         """As transformers' own, and refuses an `image_token` that is written out in a message's text."""
@@ -191,28 +201,29 @@ class LlavaVrProcessor(ProcessorMixin):
             kwargs["sanitize_control_tokens"] = True
         else:
             self._check_conversation(conversation)
-        outputs = super().apply_chat_template(conversation, *args, **kwargs)
-        has_images = isinstance(outputs, BatchFeature) and "pixel_values" in outputs
-        if has_images and kwargs.get("return_assistant_tokens_mask") and not MASKS_AFTER_IMAGES:
-            raise ValueError("return_assistant_tokens_mask with images needs transformers 5.18 or newer.")
-        return outputs
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image: `image_token`, as often as the model has vision tokens for it."""
-        size = image_inputs["image_sizes"][image_idx] if "image_sizes" in image_inputs else None
-        size = size if size is None or isinstance(size, (list, tuple)) else size.tolist()
-        return self.image_token * self.image_layout.num_tokens(size)
+        size, downsample = image_inputs["image_sizes"][image_idx], self.projector_downsample
+        if "image_downsamples" in image_inputs:
+            downsample = int(image_inputs["image_downsamples"][image_idx])
+        return self.image_token * self.image_layout.num_tokens([int(side) for side in size], downsample)
 
-    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
-        """Placeholders of images of these sizes, (height, width) in pixels; asked by serving engines."""
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list | None = None, projector_downsample: int | list[int] | None = None, **kwargs
+    ) -> MultiModalData:
+        """Placeholders of images of these sizes, (height, width) in pixels; serving engines call it."""
         if image_sizes is None:
             return MultiModalData()
-        counts = [self.image_layout.num_tokens(size) for size in image_sizes]
+        asked = self.projector_downsample if projector_downsample is None else projector_downsample
+        downsamples = self._check_downsamples(asked, len(image_sizes))
+        counts = [self.image_layout.num_tokens(size, s) for size, s in zip(image_sizes, downsamples)]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     @property
     def model_input_names(self) -> list[str]:
-        return list(dict.fromkeys([*super().model_input_names, "image_sizes"]))
+        return list(dict.fromkeys([*super().model_input_names, "image_sizes", "image_downsamples"]))
 
     def _read_images(self, images: ImageInput, data_format: str | None) -> tuple[list, list[int] | None]:
         """The images as upright RGB arrays (3, height, width), flat, and how many each text has if they came nested."""
@@ -269,11 +280,6 @@ class LlavaVrProcessor(ProcessorMixin):
                 f"text has {longest} tokens, those of its images included, but the tokenizer's model_max_length is "
                 f"{limit}: shorten it, pass fewer images, or set truncation=True."
             )
-
-    def _expand_placeholders(self, texts: list[str], sizes: list[tuple[int, int]]) -> list[str]:
-        counts = (self.image_layout.num_tokens(size) for size in sizes)
-        parts = (text.split(self.image_token) for text in texts)
-        return [first + "".join(self.image_token * next(counts) + part for part in rest) for first, *rest in parts]
 
     def _check_conversation(self, conversation: list):
         for message in conversation:

@@ -1,9 +1,7 @@
 """Tiny configurations, models, processors and a saved package, built once and shared by the tests."""
 
 import copy
-import json
 import os
-import shutil
 from pathlib import Path
 
 
@@ -35,14 +33,6 @@ CHAT_TEMPLATE = """{%- macro text(content) -%}
 {%- else %}{{ text(message.content) }}{% endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}<|assistant|>{% endif -%}"""
-AUTO_MAP = {
-    "config.json": {
-        "AutoConfig": "configuration_llava_vr.LlavaVrConfig",
-        "AutoModel": "modeling_llava_vr.LlavaVrModel",
-        "AutoModelForImageTextToText": "modeling_llava_vr.LlavaVrForConditionalGeneration",
-    },
-    "processor_config.json": {"AutoProcessor": "processing_llava_vr.LlavaVrProcessor"},
-}
 
 
 VARIANTS = {  # of a configuration, for tests that hold for both
@@ -52,7 +42,7 @@ VARIANTS = {  # of a configuration, for tests that hold for both
         "image_separator_ids": [60, 70],
         "image_grid_pinpoints": [[32, 32], [32, 96], [64, 32], [64, 64]],
         "projector_type": "c_abstractor",
-        "projector_downsample": 4 / 3,
+        "projector_downsample": 3,
         "projector_kwargs": {"depth": 1},
     },
 }
@@ -77,7 +67,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session", params=VARIANTS)
 def variant_config(request, tiny_config):
-    """Images merged to one grid and, tiles apart, "slices" with overlapping regions."""
+    """Images merged to one grid and, tiles apart, "slices" with regions that do not fill the grid."""
     return tiny_config(**VARIANTS[request.param])
 
 
@@ -87,7 +77,7 @@ def tiny_config():
     pixels and 4 x 4 patches. `vision` and `text` hold overrides of the two sub-configurations."""
 
     def make(family: str = "clip", vision: dict | None = None, text: dict | None = None, **overrides) -> LlavaVrConfig:
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
         vision = {**sizes, "image_size": 32, "patch_size": 8, **(vision or {})}
         text = {
             **sizes,
@@ -102,7 +92,7 @@ def tiny_config():
         if family == "clip":
             vision, text = CLIPVisionConfig(**vision, projection_dim=32), LlamaConfig(**text)
         else:
-            vision, text = SiglipVisionConfig(**vision), Qwen2Config(**text, max_window_layers=2)
+            vision, text = SiglipVisionConfig(**vision), Qwen2Config(**text, max_window_layers=3)
         values = {"image_token_id": 3, "remember_hidden_size": 16, "remember_num_heads": 2, **overrides}
         return LlavaVrConfig(vision_config=vision, text_config=text, **values)
 
@@ -135,9 +125,9 @@ def processor_for(tokenizer):
             chat_template=CHAT_TEMPLATE,
             patch_size=config.vision_config.patch_size,
             projector_downsample=config.projector_downsample,
+            projector_downsample_choices=config.projector_downsample_choices,
             image_aspect_ratio=config.image_aspect_ratio,
             image_merge_type=config.image_merge_type,
-            image_end_tokens=config.projector_kwargs.get("end_tokens", 0),
         )
 
     return make
@@ -151,26 +141,29 @@ def package(tmp_path_factory, tiny_config, processor_for):
     torch.manual_seed(0)
     LlavaVrForConditionalGeneration(config).save_pretrained(folder)
     processor_for(config).save_pretrained(folder)
-    for name, auto_map in AUTO_MAP.items():
-        values = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**values, "auto_map": auto_map}, indent=2))
-    for name in ("configuration", "modeling", "processing"):
-        shutil.copy(ROOT / f"{name}_llava_vr.py", folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def make_inputs():
-    """`make_inputs(config, rows, padding_side)`: a batch of random pixels; a row holds token ids and image sizes."""
+    """`make_inputs(config, rows, padding_side)`: a batch of random pixels; a row holds token ids and image sizes.
+
+    A size is (height, width), or (height, width, s) where the image asks for its number of tokens.
+    """
 
     def make(config: LlavaVrConfig, rows: list, padding_side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
         layout, side = config.image_layout, config.vision_config.image_size
         generator = torch.Generator().manual_seed(seed)
-        sizes = [part for row in rows for part in row if isinstance(part, tuple)]
-        spelled = [
-            [t for p in row for t in ([config.image_token_id] * layout.num_tokens(p) if isinstance(p, tuple) else [p])]
-            for row in rows
-        ]
+        images = [part for row in rows for part in row if isinstance(part, tuple)]
+        sizes, asked = [image[:2] for image in images], any(len(image) == 3 for image in images)
+
+        def spell(part):
+            if not isinstance(part, tuple):
+                return [part]
+            downsample = part[2] if len(part) == 3 else config.projector_downsample
+            return [config.image_token_id] * layout.num_tokens(part[:2], downsample)
+
+        spelled = [[token for part in row for token in spell(part)] for row in rows]
         length = max(map(len, spelled))
         input_ids, attention_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
         for i, row in enumerate(spelled):
@@ -184,6 +177,10 @@ def make_inputs():
                 image[:count] = torch.randn(count, 3, side, side, generator=generator)
             inputs["pixel_values"] = pixels if layout.pinpoints else pixels[:, 0]
             inputs["image_sizes"] = torch.tensor(sizes)
+            if asked:
+                inputs["image_downsamples"] = torch.tensor(
+                    [(*image, config.projector_downsample)[2] for image in images]
+                )
         return inputs
 
     return make

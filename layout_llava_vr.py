@@ -1,0 +1,209 @@
+"""How vision tokens are arranged: regions and windows within a tile, tiles within an image.
+
+One class a layout. The number of vision tokens of an image is the length of what its layout packs, so the model, which
+packs, and the processor, which writes placeholders, cannot disagree.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.image_processing_utils import select_best_resolution
+
+
+def tokens_per_side(grid_size: int, downsample: int) -> int:
+    """Vision tokens per side of a tile with `grid_size` patches a side; a region that is not full counts."""
+    return -(-grid_size // downsample)
+
+
+def window_size(downsample: int, ratio: float) -> int:
+    """Patches per side of a token's window: `ratio` times its region's, rounded up so that it is centred."""
+    return downsample + 2 * math.ceil(round(downsample * (ratio - 1) / 2, 6))
+
+
+def cut_windows(grid: torch.Tensor, downsample: int, window: int) -> torch.Tensor:
+    """
+    Cuts a grid of features into one window for each region of `downsample` patches a side, row by row.
+
+    Windows are centred on their regions and overlap where they are larger. What lies beyond the grid is zero.
+
+    Args:
+        grid: `(tiles, grid_size, grid_size, features)`.
+        window: patches per side of a window; `downsample` plus an even number.
+
+    Returns:
+        `(tiles, regions, window * window, features)`.
+    """
+    grid_size = grid.shape[1]
+    tokens, before = tokens_per_side(grid_size, downsample), (window - downsample) // 2
+    after = (tokens - 1) * downsample + window - before - grid_size
+    if before or after:
+        grid = F.pad(grid, (0, 0, before, after, before, after))
+    steps = torch.arange(tokens, device=grid.device)[:, None] * downsample
+    steps = steps + torch.arange(window, device=grid.device)  # (t, window)
+    positions = steps[:, None, :, None] * grid.shape[2] + steps[:, None, :]  # (t, t, window, window), of the flat grid
+    # Not Tensor.unfold: its compiled backward pass corrupts memory on CPU (torch 2.13), and index_select is faster.
+    windows = grid.flatten(1, 2).index_select(1, positions.flatten())
+    return windows.unflatten(1, (-1, window * window))
+
+
+def to_grid(features: torch.Tensor) -> torch.Tensor:
+    """`(tiles, side * side, features)` to `(tiles, side, side, features)`."""
+    side = math.isqrt(features.shape[1])
+    return features.unflatten(1, (side, side))
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Tiles follow each other whole, the base tile first ("flat"). Without pinpoints it is the image's only one.
+
+    Args:
+        tile_size: pixels per side of a tile, the vision tower's input.
+        grid_size: patches per side of a tile.
+        pinpoints: the tilings to choose from, as (height, width) in pixels.
+        max_tiles: past this many tiles' worth of tokens the merged grid is resampled (LLaVA-OneVision); None for never.
+    """
+
+    tile_size: int
+    grid_size: int
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    max_tiles: int | None = None
+
+    def tiling(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of tiles beside the base tile, for an image of (height, width) pixels."""
+        height, width = select_best_resolution(tuple(image_size), self.pinpoints)
+        return height // self.tile_size, width // self.tile_size
+
+    def num_tiles(self, image_size: Sequence[int]) -> int:
+        """Tiles of an image, the base tile included."""
+        return 1 + math.prod(self.tiling(image_size)) if self.pinpoints else 1
+
+    def num_tokens(self, image_size: Sequence[int], downsample: int) -> int:
+        """Vision tokens of an image of (height, width) pixels, newlines and separators included."""
+        regions = tokens_per_side(self.grid_size, downsample) ** 2
+        tiles = torch.zeros(self.num_tiles(image_size), regions, 1, device="cpu")
+        return len(self.pack(tiles, image_size, torch.zeros(2, 1, device="cpu")))
+
+    def pack(self, tiles: torch.Tensor, image_size: Sequence[int], separators: torch.Tensor | None) -> torch.Tensor:
+        """One image's tiles `(tiles, tokens, features)` as one sequence `(tokens, features)`.
+
+        `separators` `(separators, features)` holds what the layout puts between tokens.
+        """
+        return tiles.flatten(0, 1)
+
+
+class SpatialLayout(ImageLayout):
+    """The base tile, then the others merged to one grid, row by row."""
+
+    def pack(self, tiles: torch.Tensor, image_size: Sequence[int], separators: torch.Tensor | None) -> torch.Tensor:
+        grid = to_grid(tiles[1:]).unflatten(0, self.tiling(image_size))  # (rows, columns, t, t, features)
+        grid = grid.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (rows * t, columns * t, features)
+        return torch.cat([tiles[0], self.finish(grid, image_size, separators).flatten(0, 1)])
+
+    def finish(self, grid: torch.Tensor, image_size: Sequence[int], separators: torch.Tensor | None) -> torch.Tensor:
+        return grid
+
+
+class SpatialUnpadLayout(SpatialLayout):
+    """As "spatial", without the tokens of padding, and with a newline after each row (LLaVA-NeXT)."""
+
+    def finish(self, grid: torch.Tensor, image_size: Sequence[int], separators: torch.Tensor | None) -> torch.Tensor:
+        tokens = grid.shape[0] // self.tiling(image_size)[0]  # per side of a tile
+        grid = grid[self.unpad(*grid.shape[:2], image_size)]
+        size = self.resample(*grid.shape[:2], tokens)
+        if size != tuple(grid.shape[:2]):
+            grid = F.interpolate(grid.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
+        return torch.cat([grid, separators[0].to(grid).expand(len(grid), 1, -1)], dim=1)
+
+    @staticmethod
+    def unpad(rows: int, columns: int, image_size: Sequence[int]) -> tuple[slice, slice]:
+        """The rows and columns of the merged grid that show the image and not its padding (LLaVA-NeXT's rule)."""
+        height, width = image_size
+        if width / height > columns / rows:
+            padding = (rows - int(round(height * (columns / width), 7))) // 2
+            return slice(padding, rows - padding), slice(0, columns)
+        padding = (columns - int(round(width * (rows / height), 7))) // 2
+        return slice(0, rows), slice(padding, columns - padding)
+
+    def resample(self, rows: int, columns: int, tokens: int) -> tuple[int, int]:
+        """The grid to which a grid of tokens is resampled (LLaVA-OneVision's rule: only past 1.1 times the limit)."""
+        if self.max_tiles is not None:
+            ratio = math.sqrt(rows * columns / (self.max_tiles * tokens**2))
+            if ratio > 1.1:
+                return max(1, int(rows // ratio)), max(1, int(columns // ratio))
+        return rows, columns
+
+
+class SlicesLayout(ImageLayout):
+    """Tile after tile, a separator after each, the base tile last (TokenPacker-HD).
+
+    The first separator stands between two tiles of a row, the second after a row and after the base tile. An image of
+    one tile has no base tile.
+    """
+
+    def pack(self, tiles: torch.Tensor, image_size: Sequence[int], separators: torch.Tensor | None) -> torch.Tensor:
+        rows, columns = self.tiling(image_size)
+        after = ([0] * (columns - 1) + [1]) * rows
+        if len(after) > 1:
+            after.append(1)
+        slices = tiles.roll(-1, 0)[: len(after)]  # (slices, tokens, features), the base tile last
+        return torch.cat([slices, separators.to(slices)[after].unsqueeze(1)], dim=1).flatten(0, 1)
+
+
+LAYOUTS: dict[str, type[ImageLayout]] = {
+    "spatial_unpad": SpatialUnpadLayout,
+    "spatial": SpatialLayout,
+    "flat": ImageLayout,
+    "slices": SlicesLayout,
+}
+
+
+def make_layout(
+    image_aspect_ratio: str,
+    image_merge_type: str,
+    tile_size: int,
+    patch_size: int,
+    pinpoints: Sequence[Sequence[int]] | None,
+) -> ImageLayout:
+    """The layout of a configuration's or a processor's fields of these names.
+
+    Raises:
+        ValueError: a value does not exist, or two do not go together.
+    """
+    number = re.fullmatch("anyres_max_([1-9][0-9]*)", image_aspect_ratio)
+    if image_aspect_ratio not in ("anyres", "pad", "square") and not number:
+        raise ValueError(
+            f"image_aspect_ratio must be anyres, anyres_max_N (N > 0), pad or square, found {image_aspect_ratio!r}."
+        )
+    if image_merge_type not in LAYOUTS:
+        raise ValueError(f"image_merge_type must be one of {', '.join(LAYOUTS)}, found {image_merge_type!r}.")
+    if number and image_merge_type != "spatial_unpad":
+        raise ValueError(
+            f"image_merge_type must be spatial_unpad with {image_aspect_ratio}, found {image_merge_type!r}."
+        )
+    if image_merge_type == "slices" and image_aspect_ratio != "anyres":
+        raise ValueError(
+            f"image_aspect_ratio must be anyres with image_merge_type slices, found {image_aspect_ratio!r}."
+        )
+    if not image_aspect_ratio.startswith("anyres"):
+        return ImageLayout(tile_size, tile_size // patch_size)
+    if not pinpoints:
+        raise ValueError(f"image_grid_pinpoints must not be empty with image_aspect_ratio {image_aspect_ratio!r}.")
+    for pair in pinpoints:
+        if (
+            not isinstance(pair, (list, tuple))
+            or len(pair) != 2
+            or any(not isinstance(side, int) or side < tile_size or side % tile_size for side in pair)
+        ):
+            raise ValueError(
+                f"image_grid_pinpoints must be (height, width) pairs of multiples of the tile, {tile_size} pixels; "
+                f"found {pair}."
+            )
+    max_tiles = int(number[1]) if number else None
+    return LAYOUTS[image_merge_type](tile_size, tile_size // patch_size, tuple(map(tuple, pinpoints)), max_tiles)
+
+
+__all__ = ["ImageLayout", "make_layout"]
