@@ -55,6 +55,7 @@ class VisionRemember(nn.Module):
         self.key = nn.Linear(config.memory_size, config.key_value_size, bias=False)
         self.value = nn.Linear(config.memory_size, config.key_value_size, bias=False)
         self.out = nn.Linear(width, hidden_size)
+        self.out.starts_at_zero = True
 
     def forward(self, states: torch.Tensor, rows: torch.Tensor | None = None, present: torch.Tensor | None = None):
         """`project(states)` of a memory, or, with rows, `attend(states, rows, present)`."""
@@ -204,9 +205,9 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, VisionRemember):
-            init.zeros_(module.out.weight)
-            init.zeros_(module.out.bias)
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, (CAbstractorProjector, ResamplerProjector)):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=getattr(self.config.text_config, "initializer_range", 0.02))
