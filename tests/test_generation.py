@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 
-NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [3]}
+NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 TWO_IMAGES = [[5, (40, 90), 6, (64, 64), 7], [8, 9, (100, 20), 10]]
+DOWNSAMPLES = [[5, (40, 90, 1), 6, (64, 64, 4), 7], [8, 9, (100, 20), 10]]
+IMAGES = {"pixel_values", "image_sizes", "image_downsamples"}
 MIXED = [[5, 6, 7], [9, (40, 90), 10, 11], [(64, 64), 12, (100, 20), 13]]
 slices_images = version.parse(transformers.__version__) >= version.parse("5.23")  # in a prefill cut in chunks
 
@@ -35,7 +37,7 @@ def alone(model, make_inputs, prompt, seed_inputs, images):
     """One row of a batch as a batch of its own, with the batch's pixels."""
     row = make_inputs(model.config, [prompt])
     if images.start < images.stop:
-        row |= {key: seed_inputs[key][images] for key in ("pixel_values", "image_sizes")}
+        row |= {key: seed_inputs[key][images] for key in IMAGES & seed_inputs.keys()}
     return row
 
 
@@ -46,6 +48,7 @@ def test_greedy_equals_repeated_full_forwards(model, inputs):
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, **images).logits[:, -1].clone()
         logits[:, model.config.text_config.eos_token_id] = float("-inf")  # min_new_tokens
+        logits[:, model.config.image_token_id] = float("-inf")  # suppressed
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     assert ids[:, inputs["input_ids"].shape[1] :].tolist() == new_tokens(model, inputs)
@@ -143,13 +146,91 @@ def test_decoding_runs_no_module(model, inputs, monkeypatch):
     """With a cache, only the forward pass that holds the placeholders runs the modules."""
     calls = []
     for module in model.model.vision_remember.values():
-        module.register_forward_hook(lambda *_: calls.append(1))
+        attend = module.attend
+        monkeypatch.setattr(module, "attend", lambda *args, attend=attend: calls.append(1) or attend(*args))
     new_tokens(model, inputs)
-    for module in model.model.vision_remember.values():
-        module._forward_hooks.clear()
     assert len(calls) == len(model.config.remember_layers)
 
 
 def test_wrong_number_of_images_is_refused(model, inputs):
     with pytest.raises(ValueError, match="placeholders"):
         new_tokens(model, {**inputs, **{key: inputs[key][:2] for key in ("pixel_values", "image_sizes")}})
+
+
+# ------------------------------------------------------------------------------------------ the number of tokens
+
+
+@pytest.fixture(scope="module")
+def choosing(tiny_config, make_model):
+    return make_model(tiny_config(projector_downsample_choices=[1, 2, 4]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}],
+    ids=["no cache", "static cache", "chunks"],
+)
+def test_downsamples_within_a_batch(choosing, make_inputs, options):
+    if "prefill_chunk_size" in options and not slices_images:
+        pytest.skip("prefill_chunk_size with images needs transformers 5.23")
+    inputs = make_inputs(choosing.config, DOWNSAMPLES, "left")
+    together = new_tokens(choosing, inputs, **options)
+    first = alone(choosing, make_inputs, DOWNSAMPLES[0], inputs, slice(0, 2))
+    second = alone(choosing, make_inputs, DOWNSAMPLES[1], inputs, slice(2, 3))
+    assert together == new_tokens(choosing, first) + new_tokens(choosing, second)
+
+
+def test_downsamples_with_beams(choosing, make_inputs):
+    inputs, options = make_inputs(choosing.config, DOWNSAMPLES, "left"), {"num_beams": 3, "num_return_sequences": 2}
+    first = alone(choosing, make_inputs, DOWNSAMPLES[0], inputs, slice(0, 2))
+    second = alone(choosing, make_inputs, DOWNSAMPLES[1], inputs, slice(2, 3))
+    together = new_tokens(choosing, inputs, **options)
+    assert together == new_tokens(choosing, first, **options) + new_tokens(choosing, second, **options)
+
+
+@pytest.mark.parametrize("pass_all_images", [True, False])
+def test_continuing_a_chat_with_an_image_of_another_downsample(choosing, make_inputs, pass_all_images):
+    first, second = [5, (40, 90, 4), 6], [7, (64, 64, 1), 8]
+    whole = make_inputs(choosing.config, [first + second])
+    opening = make_inputs(choosing.config, [first]) | {key: whole[key][:1] for key in IMAGES}
+    cache = DynamicCache(config=choosing.config.text_config)
+    with torch.no_grad():
+        choosing(**opening, past_key_values=cache, use_cache=True)
+    turn = whole if pass_all_images else whole | {key: whole[key][1:] for key in IMAGES}
+    assert new_tokens(choosing, {**turn, "past_key_values": cache}) == new_tokens(choosing, whole)
+
+
+# ----------------------------------------------------------------------------------------- images that are not there
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"prompt_lookup_num_tokens": 2}, {}])
+def test_the_placeholder_is_never_generated(model, inputs, options):
+    """No image could follow it; with a head that asks for nothing else, other tokens are taken."""
+    eager = copy.deepcopy(model)
+    eager.lm_head.weight.data[eager.config.image_token_id] *= 100
+    if "prompt_lookup_num_tokens" in options:
+        inputs = {key: value[:2] if key in IMAGES else value[:1] for key, value in inputs.items()}
+    assert all(eager.config.image_token_id not in row for row in new_tokens(eager, inputs, **options))
+    own = GenerationConfig(max_new_tokens=6, pad_token_id=0)
+    output = eager.generate(**copy.deepcopy(inputs), generation_config=own)[:, inputs["input_ids"].shape[1] :]
+    assert eager.config.image_token_id not in output
+
+
+def test_zero_images(model, make_inputs):
+    inputs = make_inputs(model.config, [[5, 6, 7], [8, 9]], "left")
+    none = {"pixel_values": torch.zeros(0, 1, 3, 32, 32), "image_sizes": torch.zeros(0, 2, dtype=torch.long)}
+    for options in ({}, {"num_beams": 2}):
+        assert new_tokens(model, inputs | none, **options) == new_tokens(model, inputs, **options)
+
+
+def test_placeholders_without_images_are_refused(model, inputs):
+    with pytest.raises(ValueError, match="0 vision tokens"):
+        new_tokens(model, {key: value for key, value in inputs.items() if key not in IMAGES})
+
+
+def test_the_decoders_context_may_be_exceeded(model, make_inputs):
+    """Rotary positions go on; whoever wants a limit has the processor's and the collator's."""
+    longer = copy.deepcopy(model)
+    longer.config.text_config.max_position_embeddings = 8
+    inputs = make_inputs(model.config, TWO_IMAGES, "left")
+    assert new_tokens(longer, inputs) == new_tokens(model, inputs)
