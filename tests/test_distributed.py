@@ -18,6 +18,7 @@ BATCHES = {  # the rows of both ranks
     "images on the other": ([TEXT], [[(64, 64), 12, (20, 33), 13]]),
     "images on both": ([IMAGE], [[12, (33, 64), 13, 14], TEXT]),
     "no image": ([TEXT], [TEXT[::-1]]),
+    "one rank without modules": ([[9, (40, 90, 1), 10, 11]], [[12, (33, 64, 4), 13, (20, 33), 14], TEXT]),
 }
 
 
@@ -51,7 +52,8 @@ def split(inputs: dict, rows: tuple[list, list]) -> list[dict]:
         images = sum(isinstance(part, tuple) for r in rank for part in r)
         part = {key: inputs[key][row : row + len(rank)] for key in ("input_ids", "attention_mask", "labels")}
         if images:
-            part |= {key: inputs[key][image : image + images] for key in ("pixel_values", "image_sizes")}
+            names = {"pixel_values", "image_sizes", "image_downsamples"} & inputs.keys()
+            part |= {key: inputs[key][image : image + images] for key in names}
         parts.append({**part, "num_items_in_batch": inputs["num_items_in_batch"] / 2})
         row, image = row + len(rank), image + images
     return parts
@@ -75,7 +77,7 @@ def train_alone(model, inputs: dict, frozen: bool) -> dict:
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "whole model"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_training_equals_one_process(tiny_config, make_model, make_inputs, ranks, tmp_path, kind, frozen):
-    config = tiny_config(projector_kwargs={})
+    config = tiny_config(projector_downsample_choices=[1, 2, 4])
     batches = [with_labels(make_inputs(config, [*first, *second])) for first, second in BATCHES.values()]
     parts = [split(inputs, rows) for inputs, rows in zip(batches, BATCHES.values())]
     results = ranks(kind, make_model(config), {"batches": parts, "frozen": frozen})
