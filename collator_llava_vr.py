@@ -27,7 +27,8 @@ class LlavaVrCollator:
     whatever the processor takes. `id` is optional, and named in errors. A batch may mix rows without images and with.
 
     Args:
-        processor: a `LlavaVrProcessor` whose chat template marks the assistant's turns with {% generation %}.
+        processor: a `LlavaVrProcessor` whose chat template marks the assistant's turns with {% generation %}. If its
+            tokenizer has no pad token, rows are padded with the one that ends a text.
         max_length (`int`, *optional*): most tokens of a row, those of its images included; the tokenizer's
             `model_max_length` if not given. A row is never cut.
         too_long (`str`, defaults to `"raise"`): what happens to a row past `max_length`: "raise" or "drop".
@@ -45,6 +46,8 @@ class LlavaVrCollator:
             raise ValueError(f"too_long must be 'raise' or 'drop', found {too_long!r}.")
         self.max_length = processor.tokenizer.model_max_length if max_length is None else max_length
         self.too_long, self.image_folder = too_long, image_folder
+        ids = (processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, 0)
+        self.pad_token_id = next(i for i in ids if i is not None)  # any will do: attention_mask leaves it out
         self.processor = copy.copy(processor)  # its length is judged here
         self.processor.tokenizer = copy.copy(processor.tokenizer)
         self.processor.tokenizer.model_max_length = sys.maxsize
@@ -75,7 +78,7 @@ class LlavaVrCollator:
             return pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=value)
 
         batch = {
-            "input_ids": pad("input_ids", self.processor.tokenizer.pad_token_id),
+            "input_ids": pad("input_ids", self.pad_token_id),
             "attention_mask": pad("attention_mask", 0),
             "labels": pad("labels", -100),
         }
@@ -120,8 +123,10 @@ class LlavaVrCollator:
             raise ValueError("messages is empty or missing: a row is {'messages': [...]}, with 'images' if need be.")
         images, wanted = list(row.get("images") or []), 0
 
-        def fill(part: Mapping[str, Any]) -> dict[str, Any]:
+        def fill(part: Any) -> Any:
             nonlocal wanted
+            if not isinstance(part, Mapping):
+                return part  # the processor refuses it
             part = {key: value for key, value in part.items() if value is not None}  # datasets fill gaps with None
             if part.get("type") != "image":
                 return part
