@@ -200,6 +200,7 @@ class LlavaVrConfig(PreTrainedConfig):
     model_type = "llava_vr"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     attribute_map = {"image_token_index": "image_token_id"}
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "remember_attentions"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
