@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,11 +28,15 @@ class LlavaVrCollator:
     whatever the processor takes. `id` is optional, and named in errors. A batch may mix rows without images and with.
 
     Args:
-        processor: a `LlavaVrProcessor` whose chat template marks the assistant's turns with {% generation %}.
+        processor: a `LlavaVrProcessor` whose chat template marks the assistant's turns with {% generation %}. If its
+            tokenizer has no pad token, rows are padded with the one that ends a text.
         max_length (`int`, *optional*): most tokens of a row, those of its images included; the tokenizer's
             `model_max_length` if not given. A row is never cut.
         too_long (`str`, defaults to `"raise"`): what happens to a row past `max_length`: "raise" or "drop".
         image_folder (defaults to the working directory): where relative paths of pictures begin.
+        projector_downsample (`int` or `str`, *optional*): s of all images, one of the processor's choices; or "random",
+            a choice for each row, to train a model for several numbers of tokens. The processor's if not given.
+        seed (`int`, defaults to 0): of the random choices; each worker of a data loader has its own sequence.
     """
 
     def __init__(
@@ -40,11 +45,21 @@ class LlavaVrCollator:
         max_length: int | None = None,
         too_long: str = "raise",
         image_folder: str | os.PathLike | None = None,
+        projector_downsample: int | str | None = None,
+        seed: int = 0,
     ):
         if too_long not in ("raise", "drop"):
             raise ValueError(f"too_long must be 'raise' or 'drop', found {too_long!r}.")
+        choices = processor.projector_downsample_choices or [processor.projector_downsample]
+        if projector_downsample not in (None, "random", *choices):
+            raise ValueError(
+                f"projector_downsample must be one of {choices} or 'random', found {projector_downsample!r}."
+            )
+        self.projector_downsample, self.choices, self.seed, self.random = projector_downsample, choices, seed, None
         self.max_length = processor.tokenizer.model_max_length if max_length is None else max_length
         self.too_long, self.image_folder = too_long, image_folder
+        ids = (processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, 0)
+        self.pad_token_id = next(i for i in ids if i is not None)  # any will do: attention_mask leaves it out
         self.processor = copy.copy(processor)  # its length is judged here
         self.processor.tokenizer = copy.copy(processor.tokenizer)
         self.processor.tokenizer.model_max_length = sys.maxsize
@@ -53,13 +68,13 @@ class LlavaVrCollator:
         """
         Returns:
             `input_ids`, `attention_mask` and `labels` `(rows, length)`, padded on the right, labels -100 but for the
-            assistant's tokens; with images `pixel_values` and `image_sizes`, in the order of their placeholders.
+            assistant's tokens; with images what the processor makes of them, in the order of their placeholders.
 
         Raises:
             ValueError: a row has no messages, a picture that cannot be read or is missing or left over, nothing that
                 the assistant says, or more than `max_length` tokens. The row is named by its place and its `id`.
         """
-        encoded = [self.encode(row, i) for i, row in enumerate(rows)]
+        encoded = [self.encode(row, i, self._choose()) for i, row in enumerate(rows)]
         lengths = [len(row["input_ids"]) for row in encoded]
         too_long = [i for i, length in enumerate(lengths) if length > self.max_length]
         if too_long and (self.too_long == "raise" or len(too_long) == len(rows)):
@@ -75,7 +90,7 @@ class LlavaVrCollator:
             return pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=value)
 
         batch = {
-            "input_ids": pad("input_ids", self.processor.tokenizer.pad_token_id),
+            "input_ids": pad("input_ids", self.pad_token_id),
             "attention_mask": pad("attention_mask", 0),
             "labels": pad("labels", -100),
         }
@@ -85,14 +100,28 @@ class LlavaVrCollator:
                 tiles = max(images.shape[1] for images in pixels)
                 pixels = [F.pad(images, (0,) * 7 + (tiles - images.shape[1],)) for images in pixels]
             batch["pixel_values"] = torch.cat(pixels)
-            batch["image_sizes"] = torch.cat([row["image_sizes"] for row in encoded if "image_sizes" in row])
+            for key in ("image_sizes", "image_downsamples"):
+                if values := [row[key] for row in encoded if key in row]:
+                    batch[key] = torch.cat(values)
         return batch
 
     def fits(self, row: Mapping[str, Any], index: int | None = None) -> bool:
         """Whether the row has at most `max_length` tokens: for `dataset.filter(collator.fits, with_indices=True)`."""
-        return len(self.encode(row, index)["input_ids"]) <= self.max_length
+        downsample = min(self.choices) if self.projector_downsample == "random" else self.projector_downsample
+        return len(self.encode(row, index, downsample)["input_ids"]) <= self.max_length
 
-    def encode(self, row: Mapping[str, Any], index: int | None = None) -> dict[str, torch.Tensor]:
+    def _choose(self) -> int | None:
+        """The s of a row."""
+        if self.projector_downsample != "random":
+            return self.projector_downsample
+        if self.random is None:  # not before the worker that it belongs to has begun
+            worker = torch.utils.data.get_worker_info()
+            self.random = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        return self.random.choice(self.choices)
+
+    def encode(
+        self, row: Mapping[str, Any], index: int | None = None, projector_downsample: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """One row's `input_ids`, `attention_mask` and `labels` `(length,)`, and its images. Errors name the row."""
         try:
             inputs = self.processor.apply_chat_template(
@@ -101,6 +130,7 @@ class LlavaVrCollator:
                 return_dict=True,
                 return_tensors="pt",
                 return_assistant_tokens_mask=True,
+                processor_kwargs={"projector_downsample": projector_downsample},
             )
             ids, spoken = inputs["input_ids"][0], torch.as_tensor(inputs["assistant_masks"])[0].bool()
             if not spoken.any():
@@ -110,7 +140,7 @@ class LlavaVrCollator:
                 )
         except (OSError, ValueError) as error:
             raise ValueError(f"{_name(row, index)}: {error}") from error
-        images = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+        images = {key: inputs[key] for key in ("pixel_values", "image_sizes", "image_downsamples") if key in inputs}
         labels = ids.masked_fill(~spoken, -100)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **images}
 
@@ -120,8 +150,10 @@ class LlavaVrCollator:
             raise ValueError("messages is empty or missing: a row is {'messages': [...]}, with 'images' if need be.")
         images, wanted = list(row.get("images") or []), 0
 
-        def fill(part: Mapping[str, Any]) -> dict[str, Any]:
+        def fill(part: Any) -> Any:
             nonlocal wanted
+            if not isinstance(part, Mapping):
+                return part  # the processor refuses it
             part = {key: value for key, value in part.items() if value is not None}  # datasets fill gaps with None
             if part.get("type") != "image":
                 return part

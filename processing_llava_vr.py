@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,29 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, load_image
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+from transformers.utils import logging
 
+from .configuration_llava_vr import LlavaVrConfig
 from .layout_llava_vr import ImageLayout, make_layout
 
 
+logger = logging.get_logger(__name__)
+
+URL_TIMEOUT = 10  # seconds without an answer
+
+
 def open_image(source: str | os.PathLike) -> Image.Image:
-    """The picture at a path or URL, or in a data URI or base64 text. From a URL, it comes as RGB already."""
+    """The picture at a path or URL, or in a data URI or base64 text. From a URL, it comes as RGB already.
+
+    Raises:
+        OSError: there is no such file, or no picture in it; a server is silent for `URL_TIMEOUT` seconds.
+    """
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
-        return load_image(source)
+        try:
+            return load_image(source, timeout=URL_TIMEOUT)
+        except Exception as error:  # the HTTP client's own, or Pillow's
+            raise OSError(f"{source[:100]!r} gave no picture: {str(error) or type(error).__name__}") from error
     if os.path.exists(source):
         return Image.open(source)
     try:
@@ -54,27 +69,48 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_rgb_array(image: np.ndarray | torch.Tensor, channels_last: bool | None = None) -> np.ndarray | torch.Tensor:
-    """An array or tensor of pixels as (3, height, width). Where its channels are is inferred, or said: `channels_last`.
+def to_rgb_array(image: np.ndarray | torch.Tensor, channels_last: bool | None = None) -> tuple[np.ndarray, bool]:
+    """An array or tensor of pixels as 8-bit RGB (3, height, width), and whether its white was 1 and not 255.
+
+    White is 1 for bool, and for floats of which none reaches 2: as of torchvision's ToTensor. In floats from 0 to 255
+    such a picture would be black to the eye.
+
+    Args:
+        channels_last: where its channels are; inferred if not said.
 
     Raises:
-        ValueError: it has another shape, is empty, or has values that are not finite.
+        ValueError: it has another shape or type, is empty, or has values that are not finite or beyond black and white.
     """
-    shape = tuple(image.shape)
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    shape = image.shape
     if image.ndim == 2:
         image, channels_last = image[None], False
     if channels_last is None and image.ndim == 3:
         axes = [axis for channels in (3, 1) for axis in (0, 2) if shape[axis] == channels]
         channels_last = axes[:1] == [2]
     if channels_last:
-        image = image.swapaxes(1, 2).swapaxes(0, 1)
+        image = np.moveaxis(image, -1, 0)
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in shape:
         raise ValueError(
             f"its shape is {shape}: an image is (3, height, width), (height, width, 3) or, if grey, (height, width)"
         )
-    if not (torch.isfinite(image) if isinstance(image, torch.Tensor) else np.isfinite(image)).all():
+    if image.dtype.kind not in "buif":
+        raise ValueError(f"its type is {image.dtype}: pixels are numbers")
+    if not np.isfinite(image).all():
         raise ValueError("it has NaN or infinite values")
-    return image if image.shape[0] == 3 else image[[0, 0, 0]]
+    low, high = image.min(), image.max()
+    unit_range = image.dtype.kind == "b" or (image.dtype.kind == "f" and high < 2)
+    if image.dtype != np.uint8:
+        pixels = (image * 255.0 if unit_range else image).round()
+        if pixels.min() < 0 or pixels.max() > 255:
+            raise ValueError(
+                f"its values are from {low:.7g} to {high:.7g}: pixels are from 0 to 255 or, as floats, from 0 to 1, "
+                "before they are normalised"
+            )
+        image = pixels.astype(np.uint8)
+    return np.repeat(image, 3, axis=0) if len(image) == 1 else image, unit_range
 
 
 class LlavaVrImagesKwargs(ImagesKwargs, total=False):
@@ -134,6 +170,34 @@ class LlavaVrProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_layout  # noqa: B018  # refuses fields that do not go together
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As transformers' own; and where a model's config.json lies beside it, a text may have at most as many tokens
+        as its decoder's context.
+
+        Raises:
+            ValueError: that config.json has other tilings, or another count of tokens for an image.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        try:
+            values, _ = LlavaVrConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError:  # there is none
+            values = {}
+        if values.get("model_type") == LlavaVrConfig.model_type:
+            config = LlavaVrConfig.from_dict(values)
+            fields = ("image_layout", "projector_downsample", "projector_downsample_choices")
+            found, expected = ([getattr(owner, field) for field in fields] for owner in (processor, config))
+            if found != expected:
+                raise ValueError(
+                    "The processor and the model's config.json must have the same image_grid_pinpoints in the same "
+                    "order, image_aspect_ratio, image_merge_type, projector_downsample and its choices, patch_size and "
+                    f"size of a tile: found {found} and {expected}."
+                )
+            tokenizer, context = processor.tokenizer, getattr(config.text_config, "max_position_embeddings", None)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
+        return processor
+
     @property
     def image_layout(self) -> ImageLayout:
         """As the configuration's property of this name, from the processor's own fields."""
@@ -148,6 +212,7 @@ class LlavaVrProcessor(ProcessorMixin):
         """
         Args:
             images: PIL images, arrays, tensors, paths, URLs or base64 texts; one, a list, or a list for each text.
+                Arrays and tensors hold 0 to 255, as bool or floats also 0 to 1, which `do_rescale=False` says, too.
             text: one text or a list, each with an `image_token` for each of its images.
             projector_downsample (`int` or `list[int]`, *optional*): s, how many patches a side become one vision token:
                 one of `projector_downsample_choices`, or a list of them, one for each image.
@@ -163,12 +228,16 @@ class LlavaVrProcessor(ProcessorMixin):
         """
         options = dict(kwargs.pop("images_kwargs", None) or {})
         data_format = kwargs.pop("input_data_format", options.pop("input_data_format", None))
+        images, counts, unit_range = self._read_images([] if images is None else images, data_format)
+        if unit_range and not kwargs.get("do_rescale", options.get("do_rescale", self.image_processor.do_rescale)):
+            kwargs.pop("do_rescale", None)  # they were from 0 to 1, and are to be so again
+            options |= {"do_rescale": True, "rescale_factor": 1 / 255}
         if options:
             kwargs["images_kwargs"] = options
-        images, counts = self._read_images([] if images is None else images, data_format)
         text = [text] if isinstance(text, str) else text
         if text is not None and not kwargs.get("sanitize_control_tokens"):  # it marks what is not a placeholder
             self._check_placeholders(text, len(images), counts)
+            self._check_role_markers(text)
         inputs = super().__call__(images=images or None, text=text, **kwargs)
         self._check_length(inputs)
         return inputs
@@ -197,10 +266,9 @@ class LlavaVrProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: list, *args, sanitize_control_tokens: bool = False, **kwargs):
         """As transformers' own, and refuses an `image_token` that is written out in a message's text."""
+        self._check_conversation(conversation, sanitize_control_tokens)
         if sanitize_control_tokens:
             kwargs["sanitize_control_tokens"] = True
-        else:
-            self._check_conversation(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -225,12 +293,14 @@ class LlavaVrProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return list(dict.fromkeys([*super().model_input_names, "image_sizes", "image_downsamples"]))
 
-    def _read_images(self, images: ImageInput, data_format: str | None) -> tuple[list, list[int] | None]:
-        """The images as upright RGB arrays (3, height, width), flat, and how many each text has if they came nested."""
-        arrays = []
+    def _read_images(self, images: ImageInput, data_format: str | None) -> tuple[list, list[int] | None, bool]:
+        """The images as upright 8-bit RGB arrays (3, height, width), flat; how many each text has if they came nested;
+        whether the white of any was 1 and not 255."""
+        arrays, unit_range = [], False
         channels_last = None if data_format is None else data_format == "channels_last"
 
         def read(image) -> int:
+            nonlocal unit_range
             is_array = isinstance(image, (np.ndarray, torch.Tensor))
             if isinstance(image, (list, tuple)) or (is_array and image.ndim == 4):
                 return sum(map(read, image))
@@ -240,7 +310,8 @@ class LlavaVrProcessor(ProcessorMixin):
                 if isinstance(image, Image.Image):
                     image = np.array(to_rgb(image)).transpose(2, 0, 1)
                 elif is_array:
-                    image = to_rgb_array(image, channels_last)
+                    image, scaled = to_rgb_array(image, channels_last)
+                    unit_range |= scaled
                 else:
                     raise ValueError(
                         f"{type(image).__name__} is not a type of image: pass a PIL image, an array, a path or a URL"
@@ -253,7 +324,7 @@ class LlavaVrProcessor(ProcessorMixin):
         if not isinstance(images, (list, tuple)):
             images = [images]
         counts = [read(image) for image in images]
-        return arrays, counts if any(isinstance(image, (list, tuple)) for image in images) else None
+        return arrays, counts if any(isinstance(image, (list, tuple)) for image in images) else None, unit_range
 
     def _check_placeholders(self, texts: list[str], num_images: int, counts: list[int] | None):
         if not all(isinstance(text, str) for text in texts):
@@ -269,7 +340,25 @@ class LlavaVrProcessor(ProcessorMixin):
         if sum(found) != num_images:
             raise ValueError(
                 f"The number of {self.image_token} tokens in the prompts should be the same as the number of images: "
-                f"found {sum(found)} and {num_images}. Write one for each image, where it belongs."
+                f"found {sum(found)} and {num_images}. Write one for each image, where it belongs, as in "
+                f"'{self.image_token}What is this?'; or give apply_chat_template, or a pipeline as its text, messages: "
+                "[{'role': 'user', 'content': [{'type': 'image', 'image': ...}, {'type': 'text', 'text': ...}]}]."
+            )
+
+    def _check_role_markers(self, texts: list[str]):
+        """Warns of a prompt with images that has nothing of what the chat template writes around a message."""
+        if self.chat_template is None or not any(self.image_token in text for text in texts):
+            return
+        message = {"role": "user", "content": [{"type": "text", "text": "\0"}]}
+        try:
+            rendered = self.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        except Exception:  # templates raise what they like: this one is not for such a chat
+            return
+        markers = [line.strip() for line in rendered.replace("\0", "\n").split("\n") if line.strip()]
+        if markers and not all(any(mark in text for mark in markers) for text in texts if self.image_token in text):
+            logger.warning_once(
+                f"A text with images has none of {markers}, which the chat template writes around a message: a model "
+                "that was trained on chats may answer nothing. Build the text with processor.apply_chat_template."
             )
 
     def _check_length(self, inputs: BatchFeature):
@@ -281,19 +370,26 @@ class LlavaVrProcessor(ProcessorMixin):
                 f"{limit}: shorten it, pass fewer images, or set truncation=True."
             )
 
-    def _check_conversation(self, conversation: list):
+    def _check_conversation(self, conversation: list, sanitized: bool):
         for message in conversation:
             if isinstance(message, (list, tuple)):
-                self._check_conversation(message)
+                self._check_conversation(message, sanitized)
                 continue
+            if not isinstance(message, Mapping):
+                raise ValueError(f"A message must be {{'role': ..., 'content': ...}}, found {message!r}.")
             content = message.get("content") or []
-            texts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-            if any(self.image_token in text for text in texts):
-                raise ValueError(
-                    f"A message's text holds {self.image_token!r}, which stands for an image: pass the image as "
-                    "{'type': 'image', 'image': ...} in the content, or set sanitize_control_tokens=True to keep it as "
-                    "text."
-                )
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if not isinstance(part, Mapping) or "type" not in part:
+                    raise ValueError(
+                        "A part of a message's content must be {'type': 'text', 'text': ...} or "
+                        f"{{'type': 'image', 'image': ...}}, found {part!r}."
+                    )
+                if not sanitized and self.image_token in (part.get("text") or ""):
+                    raise ValueError(
+                        f"A message's text holds {self.image_token!r}, which stands for an image: pass the image as "
+                        "{'type': 'image', 'image': ...} in the content, or set sanitize_control_tokens=True to keep "
+                        "it as text."
+                    )
 
 
 __all__ = ["LlavaVrProcessor"]

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = """examples:
   python examples/ask.py examples/receipt.png "how much is the salad?"
   python examples/ask.py examples/receipt.png "Transcribe the image." --max-new-tokens 200
+  python examples/ask.py examples/receipt.png "how much is the salad?" --downsample 2
   python examples/ask.py photo.jpg "What costs 12?" --model path/to/another/checkpoint
 """
 
@@ -23,6 +24,7 @@ def main():
     parser.add_argument("question", help="what to ask about it")
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub name of the model (default: this repository)")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default: 100)")
+    parser.add_argument("--downsample", type=int, help="s: s x s patches become one token; one of the model's choices")
     args = parser.parse_args()
 
     logging.disable_progress_bar()
@@ -36,6 +38,7 @@ def main():
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs={"projector_downsample": args.downsample},
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -65,8 +65,9 @@ def exact_match(folder: Path, name: str, batch_size: int = 100) -> float:
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
     cases = []
-    for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    with open(folder / "test.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    for row in rows:
         picture = {"type": "image", "image": str(folder / row["images"][0])}
         for question, answer in zip(row["messages"][::2], row["messages"][1::2]):
             cases.append(([{"role": "user", "content": [picture, question["content"][-1]]}], answer["content"]))

@@ -55,11 +55,12 @@ def load_rows(source: str, split: str = "train"):
     path = Path(source)
     if path.is_file():
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                rows.append({"id": f"{path.name}:{number}", **json.loads(line)})
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number} is no JSON object: {error}") from None
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    rows.append({"id": f"{path.name}:{number}", **json.loads(line)})
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{path}, line {number} is no JSON object: {error}") from None
         return rows
     try:
         import datasets

@@ -133,6 +133,5 @@ def make_model(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         suppress_tokens=[config.image_token_id],  # an answer never holds a placeholder
-        max_new_tokens=64,
     )
     return model

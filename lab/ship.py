@@ -23,6 +23,7 @@ def save(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, fo
     processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"]["AutoModel"] = "modeling_llava_vr.LlavaVrModel"
+    config.pop("use_cache", None)  # left by Trainer, which turns the cache off
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -1,7 +1,7 @@
 """One of the processes of tests/test_distributed.py: python -m torch.distributed.run ... tests/ranks.py KIND FOLDER
 
 It trains the model of FOLDER for two steps on its part of each batch in FOLDER/case.pt, or answers as one of two tensor
-parallel processes. Rank 0 writes FOLDER/result.pt.
+parallel processes, or predicts with a Trainer. Rank 0 writes FOLDER/result.pt.
 """
 
 import os
@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
-from llava_vr import LlavaVrForConditionalGeneration
+from llava_vr import LlavaVrCollator, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 LIMIT = timedelta(seconds=60)  # of a collective: a rank that waits in vain is an error
@@ -75,12 +76,33 @@ def tensor_parallel(folder: Path, case: dict) -> dict:
     }
 
 
+def predict(folder: Path, rows: list[dict]) -> dict:
+    """What a Trainer predicts, and the number of logits and labels that its `compute_metrics` was given."""
+    trainer = Trainer(
+        LlavaVrForConditionalGeneration.from_pretrained(folder),
+        TrainingArguments(str(folder), use_cpu=True, report_to="none", per_device_eval_batch_size=2),
+        LlavaVrCollator(LlavaVrProcessor.from_pretrained(folder)),
+        eval_dataset=rows,
+        compute_metrics=lambda found: {"rows": len(found.predictions), "labels": int((found.label_ids != -100).sum())},
+    )
+    trainer.args.remove_unused_columns = False
+    metrics = trainer.evaluate()
+    found = trainer.predict(rows)
+    return {
+        "metrics": {name: metrics[f"eval_{name}"] for name in ("rows", "labels")},
+        "logits": torch.tensor(found.predictions),
+        "labels": torch.tensor(found.label_ids),
+    }
+
+
 def main(kind: str, folder: Path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=LIMIT)
     case = torch.load(folder / "case.pt")
     if kind == "tp":
         result = tensor_parallel(folder, case)
+    elif kind == "predict":
+        result = predict(folder, case["rows"])
     else:
         result = [train(kind, folder, ranks[dist.get_rank()], case["frozen"]) for ranks in case["batches"]]
     if dist.get_rank() == 0:

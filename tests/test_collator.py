@@ -134,6 +134,19 @@ def test_it_goes_to_workers_and_leaves_the_processor_alone(processor):
         processor.tokenizer.model_max_length = 10**30
 
 
+@pytest.mark.parametrize("eos", ["</s>", None])
+def test_a_tokenizer_without_a_pad_token(config, processor_for, make_model, eos):
+    processor = processor_for(config)
+    model, expected = make_model(config), LlavaVrCollator(processor)(MIXED)
+    processor.tokenizer.pad_token, processor.tokenizer.eos_token = None, eos
+    batch = LlavaVrCollator(processor)(MIXED)
+    kept = expected["attention_mask"].bool()
+    assert torch.equal(batch["input_ids"][kept], expected["input_ids"][kept])
+    assert (batch["input_ids"][~kept] == (0 if eos is None else 2)).all()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, model(**expected).loss)
+
+
 BAD = {
     "missing image file": (chat(None, "what?", images=["no/such.png"]), "such.png.*no file that exists"),
     "image part without a picture": (chat(None, "what?"), "1 image parts.*images has 0"),
@@ -141,6 +154,10 @@ BAD = {
     "image token in the text": (chat("<image> what?"), "text holds '<image>'"),
     "empty conversation": ({"messages": []}, "messages is empty"),
     "no messages": ({"text": "what?"}, "messages is empty or missing"),
+    "content that is no part": (
+        {"messages": [{"role": "user", "content": ["what?"]}, {"role": "assistant", "content": "yes"}]},
+        "content must be .* found 'what.'",
+    ),
     "no assistant": ({"messages": [turn("user", "what?")]}, "all labels are masked"),
     "longer than the context": (chat("what?" * 100), "has 5.. tokens.*max_length is 300"),
 }

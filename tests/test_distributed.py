@@ -1,4 +1,4 @@
-"""Two processes on the CPU: DDP, FSDP2 and tensor parallel compute what one process does, whoever holds the images."""
+"""Two processes on the CPU: DDP, FSDP2, tensor parallel and Trainer compute what one does, whoever holds the images."""
 
 import os
 import subprocess
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
+
+from llava_vr import LlavaVrCollator
 
 
 RANKS = Path(__file__).parent / "ranks.py"
@@ -24,12 +26,12 @@ BATCHES = {  # the rows of both ranks
 
 @pytest.fixture
 def ranks(tmp_path):
-    """`ranks(kind, model, case)`: what two processes of tests/ranks.py make of the case."""
+    """`ranks(kind, model, case, processes=2)`: what processes of tests/ranks.py make of the case."""
 
-    def run(kind: str, model, case: dict) -> dict:
+    def run(kind: str, model, case: dict, processes: int = 2) -> dict:
         model.save_pretrained(tmp_path)
         torch.save(case, tmp_path / "case.pt")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [*command, RANKS, kind, tmp_path], env=env, capture_output=True, text=True, timeout=TIME_LIMIT
@@ -108,3 +110,38 @@ def test_tensor_parallel_equals_one_process(tiny_config, make_model, make_inputs
     with torch.no_grad():
         torch.testing.assert_close(found["logits"], model(**inputs).logits, rtol=0, atol=1e-5)
     assert torch.equal(found["answers"], model.generate(**prompt, max_new_tokens=8, do_sample=False))
+
+
+def chat(text: str, *sizes: tuple[int, int]) -> dict:
+    content = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": text[::-1]}]
+    return {"messages": messages, "images": [torch.arange(3 * h * w).view(3, h, w) % 251 for h, w in sizes]}
+
+
+CHATS = {
+    "mixed": [
+        *(chat("one", (40, 90)), chat("two", (20, 33), (64, 64))),  # a batch with images on one process ...
+        *(chat("nothing to see"), chat("nor here")),  # ... and a batch without on the other
+        *(chat("again", (33, 64)), chat("no more")),
+        chat("one left over"),
+    ],
+    "text only": [chat("hello"), chat("a longer text"), chat("good bye")],
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("rows", CHATS)
+def test_trainer_evaluates_and_predicts(tiny_config, make_model, processor_for, ranks, tmp_path, rows, processes):
+    config, rows = tiny_config(), CHATS[rows]
+    model, processor = make_model(config), processor_for(config)
+    processor.save_pretrained(tmp_path)
+    found = ranks("predict", model, {"rows": rows}, processes)
+    batches = [LlavaVrCollator(processor)([row]) for row in rows]
+    assert found["metrics"]["rows"] == len(rows)
+    assert found["metrics"]["labels"] == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    for batch, logits, labels in zip(batches, found["logits"], found["labels"], strict=True):
+        length = batch["labels"].shape[1]
+        assert torch.equal(labels[:length], batch["labels"][0]) and (labels[length:] == -100).all()
+        with torch.no_grad():
+            expected = model(**batch).logits[0]
+        torch.testing.assert_close(logits[:length], expected, rtol=0, atol=1e-5)

@@ -200,6 +200,15 @@ def test_bad_data_is_named(train, data, tmp_path):
         train(tmp_path / "out", "--max_steps", 1, "--max-length", 10)
 
 
+def test_unicode_line_separators_are_kept(finetune, tmp_path):
+    rows = [
+        {"id": str(i), "messages": [{"role": "user", "content": f"a{mark}b"}]} for i, mark in enumerate("\u2028\x85")
+    ]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8", newline="")
+    assert finetune.load_rows(str(tmp_path / "rows.jsonl")) == rows
+
+
 def test_long_rows_are_left_out(train, data, tmp_path, capsys):
     lines = data.read_text().splitlines()
     long = data.parent / "long.jsonl"

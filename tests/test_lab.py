@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import charts, ocr, receipts, shapes, table, tables  # noqa: E402
+from lab import charts, ocr, receipts, shapes, ship, table, tables  # noqa: E402
 from lab.answers import processor_of, start_of, training_of  # noqa: E402
 from lab.arms import ABLATION, AGAIN, BASELINES, CENTRE, LONGER, NANO, UPPER, Arm, make_config, make_model  # noqa: E402
 from lab.baselines import MODULES, FastV  # noqa: E402
@@ -313,6 +313,14 @@ def test_shipped_checkpoint_is_a_nano_arm():
     own = [name for name in built.to_dict() if name.startswith(("remember", "projector", "vision_feature"))]
     own += ["image_merge_type", "image_aspect_ratio"]
     assert {name: getattr(built, name) for name in own} == {name: getattr(shipped, name) for name in own}
+
+
+def test_a_shipped_folder_leaves_lengths_and_caching_to_its_caller(upper, processors, tmp_path):
+    model = deepcopy(upper)
+    model.config.use_cache = False  # as Trainer leaves it
+    ship.save(model, processors[1], tmp_path)
+    assert "use_cache" not in json.loads((tmp_path / "config.json").read_text())
+    assert not {"max_length", "max_new_tokens"} & json.loads((tmp_path / "generation_config.json").read_text()).keys()
 
 
 def test_table_trains_the_upper_bound_and_then_what_is_asked_for():

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import re
 import subprocess
@@ -182,6 +183,12 @@ def test_the_checkpoint_tells_nothing_of_where_it_was_made():
     for name in ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert not re.findall(r'"(?:/|[A-Z]:\\|\.\./)[^"]*"', text), f"{name} holds a path"
+
+
+def test_the_checkpoint_leaves_lengths_and_caching_to_its_caller():
+    """A harness sets `max_length`, which a `max_new_tokens` of the checkpoint would beat without a word."""
+    assert not {"max_length", "max_new_tokens"} & json.loads((ROOT / "generation_config.json").read_text()).keys()
+    assert "use_cache" not in json.loads((ROOT / "config.json").read_text())
 
 
 def blocks(language: str) -> list[str]:

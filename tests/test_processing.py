@@ -6,6 +6,9 @@ import http.server
 import importlib.util
 import io
 import json
+import logging
+import shutil
+import socket
 import threading
 import zlib
 
@@ -17,7 +20,7 @@ from packaging import version
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, LlavaNextProcessor, LlavaProcessor
 
-from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
+from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor, processing_llava_vr
 
 
 MODES = {
@@ -122,6 +125,42 @@ def test_package_loads_with_auto_processor(package):
     processor = AutoProcessor.from_pretrained(package, trust_remote_code=True)
     assert type(processor).__name__ == "LlavaVrProcessor" and type(processor) is not LlavaVrProcessor
     assert (processor(images=random_image(64, 64), text="<image>", return_tensors="pt")["input_ids"] == 3).all()
+
+
+def edit_json(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["image_processor"]["image_grid_pinpoints"].reverse(),  # another tiling where two tie
+        lambda values: values.update(projector_downsample=4),
+        lambda values: values.update(image_merge_type="flat"),
+        lambda values: values["image_processor"].update(crop_size={"height": 16, "width": 16}),
+    ],
+    ids=["image_grid_pinpoints in another order", "projector_downsample", "image_merge_type", "size of a tile"],
+)
+def test_a_processor_that_tiles_unlike_the_model_beside_it_is_refused(package, tmp_path, change):
+    shutil.copytree(package, tmp_path / "package")
+    LlavaVrProcessor.from_pretrained(tmp_path / "package")
+    edit_json(tmp_path / "package" / "processor_config.json", change)
+    with pytest.raises(ValueError, match="config.json must have the same image_grid_pinpoints in the same order"):
+        LlavaVrProcessor.from_pretrained(tmp_path / "package")
+    (tmp_path / "package" / "config.json").unlink()
+    LlavaVrProcessor.from_pretrained(tmp_path / "package")
+
+
+@pytest.mark.parametrize("limit, expected", [(10**30, 2048), (100, 100)])
+def test_the_decoders_context_is_a_limit(package, tmp_path, limit, expected):
+    shutil.copytree(package, tmp_path / "package")
+    edit_json(tmp_path / "package" / "tokenizer_config.json", lambda values: values.update(model_max_length=limit))
+    processor = AutoProcessor.from_pretrained(tmp_path / "package", trust_remote_code=True)
+    assert len(processor(text="a" * expected)["input_ids"][0]) == expected
+    with pytest.raises(ValueError, match=f"text has {expected + 1} tokens"):
+        processor(text="a" * (expected + 1))
 
 
 # ------------------------------------------------------------------------------------------------ parity
@@ -282,6 +321,64 @@ def test_literal_image_token_can_be_kept_as_text(processor):
     assert processor.tokenizer.decode(ids[: ids.index(3)]) == "<|user|>an <image>"
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"sanitize_control_tokens": True, "tokenize": True}], ids=["plain", "sanitized"]
+)
+@pytest.mark.parametrize(
+    "conversation, message",
+    [
+        ([{"role": "user", "content": ["hi"]}], "A part of a message's content must be .* found 'hi'"),
+        (
+            [[{"role": "user", "content": [{"text": "hi"}]}]],
+            "A part of a message's content must be .* found {'text': 'hi'}",
+        ),
+        (["hi"], "A message must be {'role': ..., 'content': ...}, found 'hi'"),
+        ("hi", "A message must be .* found 'h'"),
+    ],
+)
+def test_malformed_chat_is_refused(processor, conversation, message, options):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(conversation, **options)
+
+
+@pytest.fixture
+def warnings_of(processor, monkeypatch):
+    """`warnings_of(text)`: what the processor warns of a text with one image."""
+    found = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, text: found.append(text))
+
+    def warnings_of(text):
+        found.clear()
+        processor(images=random_image(32, 32), text=text)
+        return list(found)
+
+    return warnings_of
+
+
+def test_raw_text_without_the_templates_markers_is_warned_of(processor, warnings_of):
+    (warning,) = warnings_of("<image>how much?")
+    assert "none of ['<|user|>', '<|assistant|>']" in warning and "processor.apply_chat_template" in warning
+    assert warnings_of(["text alone", "<image>how much?"])
+    assert not warnings_of("<|user|><image>how much?<|assistant|>")
+    assert not warnings_of("<image>how much?<|assistant|>")
+    content = [{"type": "image"}, {"type": "text", "text": "how much?"}]
+    assert not warnings_of(processor.apply_chat_template([{"role": "user", "content": content}]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for part in messages[0].content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}",
+        "{{ raise_exception('no system message') }}",
+    ],
+    ids=["none", "without markers", "not for such a chat"],
+)
+def test_no_warning_where_the_template_has_no_markers(processor, warnings_of, template):
+    processor.chat_template = template
+    assert not warnings_of("<image>how much?")
+
+
 # ------------------------------------------------------------------------------------------------ kinds of image
 
 
@@ -297,6 +394,54 @@ def test_array_with_channels_last_or_first_equals_the_picture(pixels_of, size, k
     image = random_image(*size)
     for array in (np.array(image), channels_first(image)):
         assert torch.equal(pixels_of(kind(array)), pixels_of(image))
+
+
+FLOATS = [np.float16, np.float32, np.float64, torch.bfloat16, torch.float16, torch.float32]
+
+
+def as_type(array, dtype):
+    return torch.tensor(array).to(dtype) if isinstance(dtype, torch.dtype) else array.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, torch.int32, *FLOATS], ids=str)
+def test_values_from_0_to_255(pixels_of, dtype):
+    image = random_image(40, 90)
+    assert torch.equal(pixels_of(as_type(channels_first(image), dtype)), pixels_of(image))
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in FLOATS if dtype != torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}], ids=str)
+@pytest.mark.parametrize("mode", ["anyres", "anyres_max_2", "slices", "pad", "square", "siglip_square"])
+def test_floats_from_0_to_1(tiny_config, processor_for, backend, mode, options, dtype):
+    """As of torchvision's ToTensor; also beside a picture, and beside floats from 0 to 255."""
+    processor, image = processor_for(tiny_config(**MODES[mode]), backend), random_image(40, 90)
+    expected = processor(images=[image] * 3, return_tensors="pt")["pixel_values"]
+    tensor = as_type(channels_first(image) / 255, dtype)
+    images = [tensor, image, channels_first(image).astype(np.float32)]
+    assert torch.equal(processor(images=images, return_tensors="pt", **options)["pixel_values"], expected)
+
+
+def test_do_rescale_of_the_image_processor_itself(processor):
+    image = random_image(40, 90)
+    expected = processor(images=image, return_tensors="pt")["pixel_values"]
+    processor.image_processor.do_rescale = False
+    tensor = torch.tensor(channels_first(image)) / 255
+    assert torch.equal(processor(images=tensor, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_bool_is_black_and_white(pixels_of, kind):
+    mask = np.array(random_image(40, 90).convert("L")) > 127
+    assert torch.equal(pixels_of(kind(mask)), pixels_of(Image.fromarray(mask)))
+
+
+def test_float_round_off_and_black(pixels_of):
+    image = random_image(40, 90)
+    array = channels_first(image) / 255
+    assert torch.equal(pixels_of(array * (1 + 1e-6) - 1e-7), pixels_of(image))
+    for dtype in (np.uint8, np.float32):
+        assert torch.equal(pixels_of(np.zeros((40, 90), dtype)), pixels_of(Image.new("RGB", (90, 40))))
+    assert torch.equal(pixels_of(np.ones((40, 90), np.uint8)), pixels_of(Image.new("RGB", (90, 40), (1, 1, 1))))
 
 
 def test_array_of_which_the_layout_is_said(pixels_of):
@@ -341,6 +486,16 @@ def test_url(pixels_of, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"images\[0\] cannot be read"):
             pixels_of(f"{url}/nowhere.png")
         server.shutdown()
+
+
+def test_url_that_never_answers(pixels_of, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert processing_llava_vr.URL_TIMEOUT == 10
+    monkeypatch.setattr(processing_llava_vr, "URL_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/image.png"
+        with pytest.raises(ValueError, match=rf"images\[0\] cannot be read: '{url}' gave no picture: .*timed out"):
+            pixels_of(url)
 
 
 class SilentHandler(http.server.SimpleHTTPRequestHandler):
@@ -440,7 +595,8 @@ def test_gif_of_one_frame(pixels_of, tmp_path):
     ],
 )
 def test_as_many_images_as_placeholders(processor, text, images, message):
-    with pytest.raises(ValueError, match=message):
+    ways = "as in '<image>What is this.'; or give apply_chat_template, or a pipeline as its text, messages: .*'image'"
+    with pytest.raises(ValueError, match=f"{message}.*{ways}"):
         processor(images=[random_image(32, 32)] * images or None, text=text)
 
 
@@ -508,7 +664,14 @@ def decompression_bomb(folder):
         (lambda folder: np.zeros((0, 5, 3)), r"its shape is \(0, 5, 3\): an image is \(3, height, width\)"),
         (lambda folder: np.zeros((5, 5, 4)), r"its shape is \(5, 5, 4\)"),
         (lambda folder: torch.zeros(5), r"its shape is \(5,\)"),
-        (lambda folder: np.array([["a", "b"]]), "isfinite"),
+        (lambda folder: np.array([["a", "b"]]), "its type is <U1: pixels are numbers"),
+        (lambda folder: np.full((5, 5), 256), "its values are from 256 to 256: pixels are from 0 to 255"),
+        (lambda folder: np.full((5, 5), 65535, np.uint16), "its values are from 65535 to 65535"),
+        (
+            lambda folder: torch.linspace(-2, 2, 75).view(3, 5, 5),
+            "from -2 to 2: .* floats, from 0 to 1, before they are",
+        ),
+        (lambda folder: torch.linspace(0, 1.1, 75).view(3, 5, 5), "its values are from 0 to 1.1: "),
         (lambda folder: 3, "int is not a type of image: pass a PIL image, an array, a path or a URL"),
         (lambda folder: None, "NoneType is not a type of image"),
         (lambda folder: b"bytes", "bytes is not a type of image"),
