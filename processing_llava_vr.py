@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, load_image
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
 from .configuration_llava_vr import LlavaVrConfig
@@ -113,14 +113,6 @@ def to_rgb_array(image: np.ndarray | torch.Tensor, channels_last: bool | None = 
     return np.repeat(image, 3, axis=0) if len(image) == 1 else image, unit_range
 
 
-class LlavaVrImagesKwargs(ImagesKwargs, total=False):
-    projector_downsample: int | list[int] | None
-
-
-class LlavaVrProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: LlavaVrImagesKwargs
-
-
 class LlavaVrProcessor(ProcessorMixin):
     r"""Image processor and tokenizer as one, and the number of placeholders that an image gets.
 
@@ -134,8 +126,6 @@ class LlavaVrProcessor(ProcessorMixin):
             configuration; without an `image_aspect_ratio` it is "anyres" for an image processor that makes tiles, else
             "square".
     """
-
-    valid_processor_kwargs = LlavaVrProcessorKwargs
 
     def __init__(
         self,
@@ -207,7 +197,11 @@ class LlavaVrProcessor(ProcessorMixin):
         return make_layout(self.image_aspect_ratio, self.image_merge_type, tile_size, self.patch_size, pinpoints)
 
     def __call__(
-        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        projector_downsample: int | list[int] | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """
         Args:
@@ -238,9 +232,15 @@ class LlavaVrProcessor(ProcessorMixin):
         if text is not None and not kwargs.get("sanitize_control_tokens"):  # it marks what is not a placeholder
             self._check_placeholders(text, len(images), counts)
             self._check_role_markers(text)
-        inputs = super().__call__(images=images or None, text=text, **kwargs)
+        inputs = super().__call__(images=images or None, text=text, projector_downsample=projector_downsample, **kwargs)
         self._check_length(inputs)
         return inputs
+
+    def _merge_kwargs(self, *args, projector_downsample: int | list[int] | None = None, **kwargs) -> dict[str, dict]:
+        merged = super()._merge_kwargs(*args, **kwargs)
+        if projector_downsample is not None:  # not a field of any image processor's
+            merged["images_kwargs"]["projector_downsample"] = projector_downsample
+        return merged
 
     def _process_images(
         self, images: list, projector_downsample: int | list[int] | None = None, **kwargs

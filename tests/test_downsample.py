@@ -1,4 +1,4 @@
-"""The number of tokens is the caller's choice: through processor, chat template, pipeline, collator and command line."""
+"""The number of tokens is the caller's choice: in processor, chat template, pipeline, collator and command line."""
 
 import itertools
 import subprocess
