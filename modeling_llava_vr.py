@@ -118,7 +118,7 @@ class RememberModules(nn.ModuleDict):
         if vision_memory is None:
             return hidden_states
         index, memory = vision_index.to(hidden_states.device), vision_memory.to(hidden_states.device)
-        width = memory.shape[-1] // len(self)  # 2 * K
+        width = (memory.shape[-1] - 1) // len(self)  # 2 * K
         start = list(self).index(key) * width
         flat = hidden_states.flatten(0, 1)
         update, weights = self[key](

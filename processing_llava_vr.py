@@ -197,11 +197,7 @@ class LlavaVrProcessor(ProcessorMixin):
         return make_layout(self.image_aspect_ratio, self.image_merge_type, tile_size, self.patch_size, pinpoints)
 
     def __call__(
-        self,
-        images: ImageInput | None = None,
-        text: str | list[str] | None = None,
-        projector_downsample: int | list[int] | None = None,
-        **kwargs: Any,
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
         """
         Args:
@@ -232,7 +228,7 @@ class LlavaVrProcessor(ProcessorMixin):
         if text is not None and not kwargs.get("sanitize_control_tokens"):  # it marks what is not a placeholder
             self._check_placeholders(text, len(images), counts)
             self._check_role_markers(text)
-        inputs = super().__call__(images=images or None, text=text, projector_downsample=projector_downsample, **kwargs)
+        inputs = super().__call__(images=images or None, text=text, **kwargs)
         self._check_length(inputs)
         return inputs
 
@@ -291,7 +287,7 @@ class LlavaVrProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return list(dict.fromkeys([*super().model_input_names, "image_sizes", "image_downsamples"]))
+        return list(dict.fromkeys([*super().model_input_names, "image_sizes"]))
 
     def _read_images(self, images: ImageInput, data_format: str | None) -> tuple[list, list[int] | None, bool]:
         """The images as upright 8-bit RGB arrays (3, height, width), flat; how many each text has if they came nested;

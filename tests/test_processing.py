@@ -28,13 +28,8 @@ MODES = {
     "anyres_max_2": {"image_aspect_ratio": "anyres_max_2"},
     "spatial": {"image_merge_type": "spatial"},
     "flat": {"image_merge_type": "flat"},
-    "end_tokens": {
-        "image_merge_type": "flat",
-        "projector_type": "c_abstractor",
-        "projector_kwargs": {"end_tokens": 2, "depth": 1},
-    },
     "grid_not_divided": {"projector_downsample": 3, "vision": {"image_size": 40}},
-    "overlapping_regions": {"projector_type": "c_abstractor", "projector_downsample": 4 / 3},
+    "three_patches_a_side": {"projector_type": "c_abstractor", "projector_downsample": 3},
     "slices": {
         "image_merge_type": "slices",
         "image_separator_ids": [7, 8],
@@ -104,7 +99,7 @@ def test_shapes(tiny_config, processor_for, backend, mode):
     assert pixels.shape == ((2, 3, side, side) if "square" in mode or mode == "pad" else (2, 5, 3, side, side))
 
 
-@pytest.mark.parametrize("mode", ["anyres", "pad", "slices", "overlapping_regions"])
+@pytest.mark.parametrize("mode", ["anyres", "pad", "slices", "three_patches_a_side"])
 def test_save_and_reload(tiny_config, processor_for, tmp_path, mode, backend):
     config = tiny_config(**MODES[mode])
     processor = processor_for(config, backend)
@@ -317,7 +312,7 @@ def test_literal_image_token_can_be_kept_as_text(processor):
         [{"role": "user", "content": content}], sanitize_control_tokens=True, tokenize=True, return_dict=True
     )
     ids = inputs["input_ids"][0]
-    assert ids.count(3) == processor.image_layout.num_tokens((32, 64))
+    assert ids.count(3) == processor.image_layout.num_tokens((32, 64), processor.projector_downsample)
     assert processor.tokenizer.decode(ids[: ids.index(3)]) == "<|user|>an <image>"
 
 
