@@ -13,7 +13,7 @@ import torch
 
 from lab.data.fonts import SPLITS, font_files
 from lab.data.labels import COUNTS, find_spots, make_labels
-from lab.data.page import CLASSES, Item
+from lab.data.page import CLASSES, NUMBERS, Item
 from lab.data.scenes import check_data, draw_picture
 from lab.data.text import CHARACTERS
 from lab.train_tower import STATE, TEST_SEED, ReadingTower, Run, normalise
@@ -38,8 +38,8 @@ def evaluate(model: ReadingTower, split: str, count: int, seed: int = TEST_SEED)
     """
     Shares named right on `count` pictures of a split.
 
-    An item is named by the sum of the log-probabilities at all of its spots; characters too narrow to lie under
-    a spot are left out, and counted by "characters without a spot".
+    An item is named by the sum of the log-probabilities at all of its spots, and may be called nothing. Characters too
+    narrow to lie under a spot are left out, and counted by "characters without a spot".
 
     Returns:
         By group: "characters", "width", "family" and "kind" (of the character, bar or shape), and "patches", which says
@@ -53,7 +53,7 @@ def evaluate(model: ReadingTower, split: str, count: int, seed: int = TEST_SEED)
         logits = {kind: levels[-1][0] for kind, levels in model(torch.from_numpy(normalise(picture))[None]).items()}
         scores = logits["name"].flatten(0, -2).log_softmax(-1)
         sums = torch.zeros(len(picture.items) + 1, len(CLASSES) + 1).index_add_(0, spots, scores)
-        named = sums[:, 1:].argmax(-1)
+        named = sums.argmax(-1)
         found = set(spots.tolist())
         for number, item in enumerate(picture.items, 1):
             groups = class_of(item)
@@ -61,7 +61,7 @@ def evaluate(model: ReadingTower, split: str, count: int, seed: int = TEST_SEED)
             missed += "width" in groups and number not in found
             if number in found:
                 for group, name in groups.items():
-                    right[group, name].append(CLASSES[named[number]] == item.name)
+                    right[group, name].append(named[number].item() == NUMBERS[item.name])
         for kind in COUNTS:
             there = labels[kind] > 0
             patches[kind] += (logits[kind].argmax(-1).numpy() == labels[kind])[there].tolist()

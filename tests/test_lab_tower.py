@@ -18,7 +18,7 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lab import evaluate_tower, train_tower  # noqa: E402
-from lab.data import fonts, page, scenes, text  # noqa: E402
+from lab.data import fonts, page, scenes, sheet, text  # noqa: E402
 from lab.data.labels import COUNTS, GRID, by_row, find_spots, make_labels  # noqa: E402
 from lab.data.page import CLASSES, NUMBERS, SIDE, Page  # noqa: E402
 from lab.train_tower import Pictures, Run, load_batches  # noqa: E402
@@ -123,6 +123,15 @@ def test_filled_box_covers_the_labels_beneath(monkeypatch):
     assert set(np.unique(labels["name"])) == {0, NUMBERS["x"]}
 
 
+def test_contact_sheet_marks_the_labels(monkeypatch):
+    drawn = plain_page(monkeypatch)
+    drawn.text(20, 100, "o", 30, line=1)
+    marked = np.asarray(sheet.mark_labels(drawn.finish(), zoom=4)).astype(int)
+    red = (marked[..., 0] > 200) & (marked[..., 1:] < 60).all(-1)
+    assert marked.shape == (4 * SIDE, 4 * SIDE, 3) and red.any()
+    assert 4 * 15 < np.flatnonzero(red.any(0)).mean() < 4 * 35
+
+
 def test_bar_ends_at_its_share_of_the_axis(monkeypatch):
     found = 0
     for seed in range(20):
@@ -153,7 +162,7 @@ def test_text_has_capitals_decimals_and_more_points_than_any_other_sign():
     assert max(signs, key=signs.get) == "." and signs[","] > signs[";"]
 
 
-def test_words_are_not_coarse_and_name_their_extra(monkeypatch):
+def test_missing_words_name_their_extra(monkeypatch):
     monkeypatch.undo()
     text.load_words.cache_clear()
     monkeypatch.setitem(sys.modules, "wordfreq", None)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lab.data.fonts import SPLITS, font_files
@@ -16,7 +17,7 @@ def mark_labels(picture: Picture, zoom: int) -> Image.Image:
     image = picture.image.resize((SIDE * zoom, SIDE * zoom), Image.Resampling.BICUBIC)
     pen, font, labels = ImageDraw.Draw(image), ImageFont.load_default(2.6 * zoom), make_labels(picture)
     for patch, names in enumerate(labels["name"]):
-        for (down, across), name in ((spot, names[spot]) for spot in ((d, a) for d in range(2) for a in range(4))):
+        for (down, across), name in np.ndenumerate(names):
             if name:
                 x = (patch % GRID + (across + 0.5) / SPOTS[1]) * PATCH * zoom
                 y = (patch // GRID + (down + 0.5) / SPOTS[0]) * PATCH * zoom
