@@ -1,6 +1,7 @@
 """Peak memory and time of `convert_weights.py` on a synthetic 2B checkpoint, beside a plain copy of the same bytes.
 
-    python -m benchmarks.conversion [--format bin] [--rounds 3] [--folder DIR]
+    python -m benchmarks.conversion
+    python -m benchmarks.conversion --format bin --rounds 1 --folder /var/tmp
 
 The checkpoint has LLaVA's research layout and true dimensions (CLIP-ViT-L/14-336, Qwen2-1.5B), random bfloat16 weights
 in shards of 1 GB; 11 GB of disk are needed. Copy and conversion take turns, in the page cache; the best round counts.

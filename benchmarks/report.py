@@ -3,6 +3,7 @@
 python -m benchmarks.report
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -259,6 +260,7 @@ def fill(text: str, results: Path) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     README.write_text(fill(README.read_text(), RESULTS))
 
 

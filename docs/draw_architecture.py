@@ -1,5 +1,9 @@
-"""Draws docs/architecture.png:  python docs/draw_architecture.py"""
+"""Draws the picture of README.md, docs/architecture.png.
 
+python docs/draw_architecture.py
+"""
+
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +18,7 @@ INK, GREY, RED = "#222222", "#666666", "#c0392b"
 PLAIN, TOKENS, MEMORY, MODULE = "#ececec", "#cfe3f5", "#f9e2b8", "#f5c4b0"
 ONE, TWO = (55.8, 26), (55.8, 42)  # the middle image token, and its row of the memory
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 figure = plt.figure(figsize=(12, 6.6))
 axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 120), ylim=(0, 66))
 axes.axis("off")

@@ -1,16 +1,20 @@
 """The folder as the Hub's users meet it: Auto classes, the Hub's own snippets, saved copies, README and example."""
 
+import argparse
 import functools
 import http.server
 import json
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
 
 ROOT = Path(__file__).parents[1]
@@ -226,9 +230,59 @@ def test_readme_is_complete():
     assert not re.findall(r"\[\[\w+\]\]", README), "numbers still to be measured"
 
 
-def test_ask_explains_itself(run):
-    text = run(str(ROOT / "examples" / "ask.py"), "--help")
-    assert "examples:" in text and "--model" in text
+def test_git_ignores_what_the_documents_write():
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"/fine-tuned/", "/tickets/", "/lab/runs/"} <= set(ignored)
+
+
+SCRIPTS = [ROOT / "convert_weights.py", *ROOT.glob("docs/*.py"), *ROOT.glob("examples/*.py")]
+MODULES = [path for folder in ("lab", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+COMMAND_LINES = sorted(path.relative_to(ROOT).as_posix() for path in SCRIPTS) + sorted(
+    f"{path.parent.name}.{path.stem}" for path in MODULES if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+class Parsed(Exception):
+    """A script has parsed its command line."""
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """`start(name, *arguments)`: runs a script or module in this process up to where its command line is parsed."""
+
+    def stop_after(owner: type, method: str):
+        parse = getattr(owner, method)
+
+        def parse_and_stop(*args, **kwargs):
+            parse(*args, **kwargs)
+            raise Parsed
+
+        monkeypatch.setattr(owner, method, parse_and_stop)
+
+    stop_after(argparse.ArgumentParser, "parse_args")
+    stop_after(HfArgumentParser, "parse_args_into_dataclasses")
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(ROOT)
+
+    def start(name: str, *arguments: str):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        run = runpy.run_path if name.endswith(".py") else runpy.run_module
+        run(name, run_name="__main__")
+
+    return start
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_help_has_examples_that_can_be_pasted(start, capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        start(name, "--help")
+    text = capsys.readouterr().out.replace("\\\n", "")  # long commands go on in the next line
+    commands = re.findall(r"^ *((?:python|accelerate launch) .*)$", text, re.MULTILINE)
+    assert commands
+    for words in (shlex.split(command, comments=True) for command in commands):
+        assert all(Path(word).exists() for word in words if word.startswith("examples/"))
+        with pytest.raises(Parsed):
+            start(name, *words[words.index(name) + 1 :])
 
 
 def test_ask_names_a_bad_picture(package, tmp_path):
