@@ -129,6 +129,11 @@ class LlavaVrConfig(PreTrainedConfig):
             "vision_config", self.vision_config, "image_size", "patch_size", "hidden_size", "num_hidden_layers"
         )
         _check_sizes("text_config", self.text_config, "vocab_size", "hidden_size", "num_hidden_layers")
+        if self.feature_grid < 1:
+            raise ValueError(
+                f"vision_config.patch_size ({self.vision_config.patch_size}) must not exceed "
+                f"vision_config.image_size ({self.vision_config.image_size})."
+            )
         depth, tile = self.vision_config.num_hidden_layers, self.vision_config.image_size
         derived = {
             "feature_layers": [round(depth * level / 24) for level in (12, 16, 22, 23)],
@@ -200,11 +205,6 @@ class LlavaVrConfig(PreTrainedConfig):
         return window_size(downsample, self.remember_window_ratio)
 
     def validate_vision(self):
-        if self.feature_grid < 1:
-            raise ValueError(
-                f"vision_config.patch_size ({self.vision_config.patch_size}) must not exceed "
-                f"vision_config.image_size ({self.vision_config.image_size})."
-            )
         states = self.vision_config.num_hidden_layers + 1
         layers = {
             "vision_feature_layer": self.feature_layers,
@@ -213,7 +213,7 @@ class LlavaVrConfig(PreTrainedConfig):
         }
         for field, indices in layers.items():
             if not isinstance(indices, list) or not (indices or field.startswith("remember")):
-                raise ValueError(f"{field} must be a list of hidden states, found {indices!r}.")
+                raise ValueError(f"{field} must be a list of hidden states, at least one of them; found {indices!r}.")
             for index in indices:
                 if not isinstance(index, int) or not -states <= index < states:
                     raise ValueError(

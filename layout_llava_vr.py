@@ -52,7 +52,7 @@ def cut_windows(grid: torch.Tensor, downsample: int, window: int) -> torch.Tenso
 
 def to_grid(features: torch.Tensor) -> torch.Tensor:
     """`(tiles, side * side, features)` to `(tiles, side, side, features)`."""
-    side = math.isqrt(features.shape[1])
+    side = int(features.shape[1] ** 0.5)  # not math.isqrt, which cannot be traced
     return features.unflatten(1, (side, side))
 
 
@@ -204,6 +204,3 @@ def make_layout(
             )
     max_tiles = int(number[1]) if number else None
     return LAYOUTS[image_merge_type](tile_size, tile_size // patch_size, tuple(map(tuple, pinpoints)), max_tiles)
-
-
-__all__ = ["ImageLayout", "make_layout"]

@@ -1,8 +1,8 @@
 """The projectors: a tile's vision features to its vision tokens. One class each, found by its name in `PROJECTORS`.
 
-All are called alike: `projector(features, downsample, levels)` with features `(tiles, g * g, features)`, the side of a
-region in patches and, where `uses_levels` says so, the features of several layers `(tiles, g * g, levels * features)`.
-They return `(tiles, t * t, hidden_size)`, regions row by row.
+All are called alike: `projector(features, downsample, levels)` with the features of tiles `(tiles, g * g, features)`,
+the side of a region in patches and, where `uses_levels` says so, the features of several layers `(tiles, g * g,
+levels * features)`. They return `(tiles, t * t, hidden_size)`, regions row by row.
 """
 
 from collections import OrderedDict

@@ -13,13 +13,11 @@ from torch import nn
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
-from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS
-from llava_vr.modeling_llava_vr import PROJECTORS, cut_windows
+from llava_vr.projectors_llava_vr import PROJECTORS
 
 
 VISION_SIZE, TEXT_SIZE, NUM_HEADS, LAYERS, TILES = 16, 24, 4, 3, 2
-GRIDS = [(4, 2), (5, 2), (6, 3), (7, 4), (8, 4), (3, 3)]  # (patches per side, stride)
-FRACTIONS = [(4, 4 / 3), (5, 5 / 3), (7, 7 / 3), (6, 1.5), (16, 16 / 12), (24, 24 / 16), (24, 24 / 7)]
+GRIDS = [(4, 2), (5, 2), (6, 3), (7, 4), (8, 4), (3, 3)]  # (patches per side, s)
 PADDED_GRIDS = [(5, 2), (7, 4), (5, 3)]
 OPTIONS = {
     "c_abstractor": {
@@ -28,24 +26,25 @@ OPTIONS = {
         "hidden_size": VISION_SIZE,
         "position_embedding": True,
         "pre_norm": False,
-        "end_tokens": 0,
     },
     "tokenpacker": {"feature_layers": [0] * LAYERS, "num_heads": NUM_HEADS},
     "resampler": {"depth": 2, "num_heads": NUM_HEADS},
 }
+ANY_DOWNSAMPLE = [name for name, projector in PROJECTORS.items() if projector.any_downsample]
 
 
 # ------------------------------------------------------------------------------------------------------------- builders
 
 
-def make_config(name, grid_size, stride, **options):
+def make_config(name, grid_size, downsample, **options):
     return SimpleNamespace(
         vision_config=SimpleNamespace(hidden_size=VISION_SIZE),
         text_config=SimpleNamespace(hidden_size=TEXT_SIZE),
         projector_hidden_act="gelu",
-        projector_downsample=stride,
+        projector_downsample=downsample,
         projector_kwargs={**OPTIONS.get(name, {}), **options},
         feature_grid=grid_size,
+        feature_size=VISION_SIZE,
     )
 
 
@@ -59,13 +58,13 @@ def randomize(module):
     return module
 
 
-def make_projector(name, grid_size, stride, **options):
-    return randomize(PROJECTORS[name](make_config(name, grid_size, stride, **options)))
+def make_projector(name, grid_size, downsample, **options):
+    return randomize(PROJECTORS[name](make_config(name, grid_size, downsample, **options)))
 
 
-def per_side(grid_size, stride):
+def per_side(grid_size, downsample):
     """Tokens along one side."""
-    return math.ceil(grid_size / stride)
+    return math.ceil(grid_size / downsample)
 
 
 def make_inputs(name, grid_size):
@@ -79,36 +78,31 @@ def seed():
     torch.manual_seed(0)
 
 
-def test_the_configuration_names_every_projector_and_option():
-    assert PROJECTOR_OPTIONS.keys() == PROJECTORS.keys()
-    for name, options in PROJECTOR_OPTIONS.items():
-        assert options.keys() == OPTIONS.get(name, {}).keys()
+def test_projectors_of_any_downsample():
+    assert ANY_DOWNSAMPLE == ["avg_pool", "ldpv2", "c_abstractor", "tokenpacker"]
 
 
 # ---------------------------------------------------------------------------------------- the same numbers, another way
 
 
-def regions(grid_size, stride):
+def regions(grid_size, downsample):
     """The patches of each region, as lists of (row, column) that lie inside the grid."""
-    starts = range(0, grid_size, stride)
-    side = range(stride)
+    starts = range(0, grid_size, downsample)
+    side = range(downsample)
     for top in starts:
         for left in starts:
             patches = [(top + i, left + j) for i in side for j in side]
             yield [(row, column) for row, column in patches if row < grid_size and column < grid_size]
 
 
-def gather_regions(features, grid_size, stride):
+def gather_regions(features, grid_size, downsample):
     """One tensor `(tiles, patches of the region, features)` for each region."""
-    for patches in regions(grid_size, stride):
+    for patches in regions(grid_size, downsample):
         yield torch.stack([features[:, row * grid_size + column] for row, column in patches], dim=1)
 
 
-def mean_of_regions(features, grid_size, stride):
-    if isinstance(stride, float):
-        grid = features.transpose(1, 2).unflatten(2, (grid_size, grid_size))
-        return nn.AdaptiveAvgPool2d(per_side(grid_size, stride))(grid).flatten(2).transpose(1, 2)
-    return torch.stack([region.mean(1) for region in gather_regions(features, grid_size, stride)], dim=1)
+def mean_of_regions(features, grid_size, downsample):
+    return torch.stack([region.mean(1) for region in gather_regions(features, grid_size, downsample)], dim=1)
 
 
 def linear(features, weights, name):
@@ -147,28 +141,28 @@ def multi_head_attention(query, key, value, weights, name):
     return attention(query, key, value)[0]
 
 
-def expected_mlp(features, levels, weights, grid_size, stride, options):
+def expected_mlp(features, levels, weights, grid_size, downsample, options):
     return mlp(features, weights)
 
 
-def expected_avg_pool(features, levels, weights, grid_size, stride, options):
-    return mlp(mean_of_regions(features, grid_size, stride), weights)
+def expected_avg_pool(features, levels, weights, grid_size, downsample, options):
+    return mlp(mean_of_regions(features, grid_size, downsample), weights)
 
 
-def expected_pixel_shuffle(features, levels, weights, grid_size, stride, options):
+def expected_pixel_shuffle(features, levels, weights, grid_size, downsample, options):
     tokens = []
-    for patches in regions(grid_size, stride):
+    for patches in regions(grid_size, downsample):
         top, left = patches[0]
-        token = features.new_zeros(len(features), stride, stride, VISION_SIZE)
+        token = features.new_zeros(len(features), downsample, downsample, VISION_SIZE)
         for row, column in patches:
             token[:, row - top, column - left] = features[:, row * grid_size + column]
         tokens.append(token.flatten(1))
     return mlp(layer_norm(torch.stack(tokens, dim=1), weights, "layer_norm"), weights)
 
 
-def expected_ldpv2(features, levels, weights, grid_size, stride, options):
-    tokens = mean_of_regions(mlp(features, weights), grid_size, stride)
-    side = per_side(grid_size, stride)
+def expected_ldpv2(features, levels, weights, grid_size, downsample, options):
+    tokens = mean_of_regions(mlp(features, weights), grid_size, downsample)
+    side = per_side(grid_size, downsample)
     encoding = depthwise_3x3(tokens, weights["position_conv.weight"], side) + weights["position_conv.bias"]
     return tokens + encoding
 
@@ -191,7 +185,7 @@ def expected_regnet_block(tokens, weights, side):
     return F.silu(conv_norm(hidden * gate, "conv_3") + shortcut)
 
 
-def expected_c_abstractor(features, levels, weights, grid_size, stride, options):
+def expected_c_abstractor(features, levels, weights, grid_size, downsample, options):
     def stage(tokens, name, side):
         for i in range(1, options["depth"] + 1):
             prefix = f"{name}.block_{i}."
@@ -203,21 +197,19 @@ def expected_c_abstractor(features, levels, weights, grid_size, stride, options)
         features = layer_norm(features, weights, "pre_norm", eps=1e-6)
     if options["position_embedding"]:
         features = features + weights["position_embedding"]
-    tokens = mean_of_regions(stage(features, "stage_1", grid_size), grid_size, stride)
-    tokens = stage(tokens, "stage_2", per_side(grid_size, stride))
+    tokens = mean_of_regions(stage(features, "stage_1", grid_size), grid_size, downsample)
+    tokens = stage(tokens, "stage_2", per_side(grid_size, downsample))
     for i in range(options["mlp_depth"]):
         tokens = linear(F.silu(tokens) if i else tokens, weights, f"readout.{2 * i}")
-    if options["end_tokens"]:
-        tokens = torch.cat([tokens, weights["end_tokens"].repeat(len(tokens), 1, 1)], dim=1)
     return tokens
 
 
-def expected_tokenpacker(features, levels, weights, grid_size, stride, options):
+def expected_tokenpacker(features, levels, weights, grid_size, downsample, options):
     key = layer_norm(mlp(levels, weights, "key."), weights, "norm_key", eps=1e-6)
     value = layer_norm(mlp(levels, weights, "value."), weights, "norm_value", eps=1e-6)
     tokens = []
-    keys, values = gather_regions(key, grid_size, stride), gather_regions(value, grid_size, stride)
-    for patches in regions(grid_size, stride):
+    keys, values = gather_regions(key, grid_size, downsample), gather_regions(value, grid_size, downsample)
+    for patches in regions(grid_size, downsample):
         (top, left), (bottom, right) = patches[0], patches[-1]
         region = features.unflatten(1, (grid_size, grid_size))[:, top : bottom + 1, left : right + 1]
         centre = F.interpolate(region.permute(0, 3, 1, 2), size=(1, 1), mode="bilinear").flatten(1)
@@ -226,7 +218,7 @@ def expected_tokenpacker(features, levels, weights, grid_size, stride, options):
     return mlp(torch.cat(tokens, dim=1), weights, "output.")
 
 
-def expected_resampler(features, levels, weights, grid_size, stride, options):
+def expected_resampler(features, levels, weights, grid_size, downsample, options):
     tokens = weights["queries"].repeat(len(features), 1, 1)
     for i in range(options["depth"]):
         query = layer_norm(tokens, weights, f"layers.{i}.norm_query")
@@ -237,101 +229,54 @@ def expected_resampler(features, levels, weights, grid_size, stride, options):
 
 
 @torch.no_grad()
-def expected(name, projector, features, levels, grid_size, stride, **options):
+def expected(name, projector, features, levels, grid_size, downsample, **options):
     weights = {key: weight.double() for key, weight in projector.state_dict().items()}
     levels = None if levels is None else levels.double()
     options = {**OPTIONS.get(name, {}), **options}
-    return globals()[f"expected_{name}"](features.double(), levels, weights, grid_size, stride, options)
+    return globals()[f"expected_{name}"](features.double(), levels, weights, grid_size, downsample, options)
 
 
 def assert_close(actual, expected):
     torch.testing.assert_close(actual.double(), expected.double(), atol=1e-5, rtol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- windows
-
-
-@pytest.mark.parametrize("stride", [1, 2, 3, 4])
-@pytest.mark.parametrize("grid_size", [1, 2, 3, 4, 5, 7, 8, 12])
-def test_cut_windows_equals_loops(grid_size, stride):
-    grid = torch.randn(TILES, grid_size, grid_size, 3)
-    for window in range(stride, stride + 5):
-        offset = (window - stride) // 2
-        expected = []
-        for top in range(-offset, grid_size - offset, stride):
-            for left in range(-offset, grid_size - offset, stride):
-                for row in range(top, top + window):
-                    for column in range(left, left + window):
-                        inside = 0 <= row < grid_size and 0 <= column < grid_size
-                        expected.append(grid[:, row, column] if inside else torch.zeros(TILES, 3))
-        expected = torch.stack(expected, dim=1).view(TILES, per_side(grid_size, stride) ** 2, window**2, 3)
-        assert torch.equal(cut_windows(grid, stride, window), expected)
-
-
-@pytest.mark.parametrize(("grid_size", "stride"), FRACTIONS)
-def test_windows_of_a_fraction_are_those_of_adaptive_pooling(grid_size, stride):
-    """Which patches a region has is read from the pooling of grids that are one in a single row."""
-    rows = torch.eye(grid_size).view(grid_size, 1, grid_size, 1).expand(-1, -1, -1, grid_size)
-    pooled = nn.AdaptiveAvgPool2d((per_side(grid_size, stride), 1))(rows)[:, 0, :, 0]  # (rows, tokens)
-    regions = [column.nonzero().flatten().tolist() for column in pooled.T]
-    assert any(last[-1] >= first[0] for last, first in zip(regions, regions[1:]))  # they overlap
-    grid, largest = torch.randn(TILES, grid_size, grid_size, 3), max(map(len, regions))
-    for window in range(largest, largest + 4):
-        sides = []
-        for region in regions:
-            start = region[0] - (window - len(region)) // 2
-            sides.append(range(start, start + window))
-        expected = []
-        for top in sides:
-            for left in sides:
-                for row in top:
-                    for column in left:
-                        inside = 0 <= row < grid_size and 0 <= column < grid_size
-                        expected.append(grid[:, row, column] if inside else torch.zeros(TILES, 3))
-        expected = torch.stack(expected, dim=1).view(TILES, len(regions) ** 2, window**2, 3)
-        assert torch.equal(cut_windows(grid, stride, window), expected)
-
-
-def test_cut_windows_of_a_rectangle():
-    grid = torch.arange(2 * 5, dtype=torch.float).view(1, 2, 5, 1)
-    windows = cut_windows(grid, stride=2, window=2)
-    assert windows[0, :, :, 0].tolist() == [[0, 1, 5, 6], [2, 3, 7, 8], [4, 0, 9, 0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cut_windows_gives_each_feature_the_gradient_of_every_window_that_holds_it(dtype):
-    grid = torch.randn(1, 5, 5, 2, dtype=dtype, requires_grad=True)
-    windows = cut_windows(grid, stride=2, window=4)
-    assert windows.dtype == dtype
-    windows.sum().backward()
-    along = torch.tensor([1, 2, 2, 2, 2])  # windows that hold a patch, along one side: they start at -1, 1 and 3
-    assert torch.equal(grid.grad[0, :, :, 0], torch.outer(along, along).to(dtype))
-
-
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
-@pytest.mark.parametrize(("grid_size", "stride"), GRIDS)
+@pytest.mark.parametrize(("grid_size", "downsample"), GRIDS)
 @pytest.mark.parametrize("scale", [1, 1e-3])  # at the small one, the epsilon of each norm counts
 @pytest.mark.parametrize("name", PROJECTORS)
-def test_projector_equals_its_equations(name, scale, grid_size, stride):
-    stride = 1 if name == "mlp" else stride
-    projector, (features, levels) = make_projector(name, grid_size, stride), make_inputs(name, grid_size)
+def test_projector_equals_its_equations(name, scale, grid_size, downsample):
+    downsample = 1 if name == "mlp" else downsample
+    projector, (features, levels) = make_projector(name, grid_size, downsample), make_inputs(name, grid_size)
     features = features * scale
-    tokens = projector(features, levels)
-    assert tokens.shape == (TILES, per_side(grid_size, stride) ** 2, TEXT_SIZE)
-    assert_close(tokens, expected(name, projector, features, levels, grid_size, stride))
+    tokens = projector(features, downsample, levels)
+    assert tokens.shape == (TILES, per_side(grid_size, downsample) ** 2, TEXT_SIZE)
+    assert_close(tokens, expected(name, projector, features, levels, grid_size, downsample))
 
 
-@pytest.mark.parametrize(("grid_size", "stride"), FRACTIONS)
-def test_c_abstractor_of_a_fraction_equals_its_equations(grid_size, stride):
-    projector = make_projector("c_abstractor", grid_size, stride)
-    features, _ = make_inputs("c_abstractor", grid_size)
-    tokens = projector(features)
-    assert tokens.shape == (TILES, per_side(grid_size, stride) ** 2, TEXT_SIZE)
-    assert_close(tokens, expected("c_abstractor", projector, features, None, grid_size, stride))
-    compiled = torch.compile(projector, backend="eager", fullgraph=True, dynamic=True)
-    assert_close(compiled(features), tokens)
+@pytest.mark.parametrize("grid_size", [4, 5, 7])
+@pytest.mark.parametrize("name", ANY_DOWNSAMPLE)
+def test_one_projector_equals_its_equations_at_every_downsample(name, grid_size):
+    projector, (features, levels) = make_projector(name, grid_size, 2), make_inputs(name, grid_size)
+    for downsample in range(1, grid_size + 1):
+        tokens = projector(features, downsample, levels)
+        assert tokens.shape == (TILES, per_side(grid_size, downsample) ** 2, TEXT_SIZE)
+        assert_close(tokens, expected(name, projector, features, levels, grid_size, downsample))
+
+
+@pytest.mark.parametrize("name", ANY_DOWNSAMPLE)
+def test_no_weight_depends_on_the_downsample(name):
+    shapes = [{key: weight.shape for key, weight in make_projector(name, 7, s).state_dict().items()} for s in (1, 2, 4)]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_avg_pool_at_1_is_the_mlp(dtype):
+    averaged, mlp = make_projector("avg_pool", 5, 2).to(dtype), make_projector("mlp", 5, 1).to(dtype)
+    mlp.load_state_dict(averaged.state_dict())
+    features = make_inputs("mlp", 5)[0].to(dtype)
+    assert torch.equal(averaged(features, 1), mlp(features, 1))
 
 
 @pytest.mark.parametrize(
@@ -339,42 +284,54 @@ def test_c_abstractor_of_a_fraction_equals_its_equations(grid_size, stride):
     [
         {"depth": 3, "mlp_depth": 1},
         {"depth": 1, "mlp_depth": 3, "pre_norm": True},
-        {"depth": 1, "position_embedding": False, "end_tokens": 3},
+        {"depth": 1, "position_embedding": False},
         {"depth": 2, "hidden_size": 2 * VISION_SIZE},  # the first block then has a convolution on its shortcut
-        {"depth": 0, "hidden_size": 2 * VISION_SIZE, "pre_norm": True, "end_tokens": 1},
+        {"depth": 0, "hidden_size": 2 * VISION_SIZE, "pre_norm": True},
     ],
     ids=str,
 )
 def test_c_abstractor_options(options):
     projector = make_projector("c_abstractor", 5, 2, **options)
     features = make_inputs("c_abstractor", 5)[0] * 1e-3
-    tokens = projector(features)
-    assert tokens.shape[1] == 9 + options.get("end_tokens", 0)
+    tokens = projector(features, 2)
     for block in projector.modules():
         if hasattr(block, "squeeze"):  # a quarter of the block's input, as in RegNet
             assert block.squeeze.out_channels == block.conv_1.conv.in_channels // 4
     assert_close(tokens, expected("c_abstractor", projector, features, None, 5, 2, **options))
 
 
-@pytest.mark.parametrize(("grid_size", "stride"), [(4, 2), (6, 3), (8, 4)])
-def test_tokenpacker_queries_are_the_whole_grid_down_sampled(grid_size, stride):
-    projector = make_projector("tokenpacker", grid_size, stride)
+@pytest.mark.parametrize(("grid_size", "downsample"), [(4, 2), (6, 3), (8, 4)])
+def test_tokenpacker_queries_are_the_whole_grid_down_sampled(grid_size, downsample):
+    projector = make_projector("tokenpacker", grid_size, downsample)
     features, levels = make_inputs("tokenpacker", grid_size)
     queries = []
     projector.query.register_forward_hook(lambda module, inputs, output: queries.append(inputs[0]))
-    projector(features, levels)
+    projector(features, downsample, levels)
     grid = features.view(TILES, grid_size, grid_size, VISION_SIZE).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=per_side(grid_size, stride), mode="bilinear")
-    assert_close(queries[0], grid.flatten(2).transpose(1, 2))
+    grid = F.interpolate(grid, size=per_side(grid_size, downsample), mode="bilinear")
+    assert_close(queries[0], grid.permute(0, 2, 3, 1).flatten(0, 2))
 
 
-def test_mlp_is_the_projector_of_llava_next():
+@pytest.mark.parametrize("layers", [-2, [1, 2, -1]], ids=str)
+def test_mlp_is_the_projector_of_llava_next(layers):
     config = make_config("mlp", 4, 1)
-    config.vision_feature_layer, config.multimodal_projector_bias = -2, True
-    projector, reference = make_projector("mlp", 4, 1), LlavaNextMultiModalProjector(config)
+    config.vision_feature_layer, config.multimodal_projector_bias = layers, True
+    config.feature_size = VISION_SIZE * (1 if isinstance(layers, int) else len(layers))
+    projector, reference = randomize(PROJECTORS["mlp"](config)), LlavaNextMultiModalProjector(config)
     reference.load_state_dict(projector.state_dict())
-    features, _ = make_inputs("mlp", 4)
-    assert torch.equal(projector(features), reference(features))
+    features = torch.randn(TILES, 16, config.feature_size)
+    assert torch.equal(projector(features, 1), reference(features))
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_joined_layers_widen_what_every_projector_reads(tiny_config, name):
+    downsample = 1 if name == "mlp" else 2
+    config = tiny_config(projector_type=name, projector_downsample=downsample, vision_feature_layer=[1, -1])
+    projector, levels = PROJECTORS[name](config), None
+    if projector.uses_levels:
+        levels = torch.randn(TILES, 16, 32 * len(config.projector_kwargs["feature_layers"]))
+    tokens = projector(torch.randn(TILES, 16, 2 * 32), downsample, levels)
+    assert tokens.shape == (TILES, (4 // downsample) ** 2, 32)
 
 
 def test_pixel_shuffle_is_the_projector_of_internvl():
@@ -384,22 +341,22 @@ def test_pixel_shuffle_is_the_projector_of_internvl():
     reference.load_state_dict(projector.state_dict())
     features, _ = make_inputs("pixel_shuffle", 6)
     shuffled = InternVLModel.pixel_shuffle(None, features.view(TILES, 6, 6, VISION_SIZE), scale_factor=0.5)
-    assert_close(projector(features), reference(shuffled.flatten(1, 2)))
+    assert_close(projector(features, 2), reference(shuffled.flatten(1, 2)))
 
 
 # -------------------------------------------------------------------------------------------------------------- padding
 
 
-@pytest.mark.parametrize(("grid_size", "stride"), PADDED_GRIDS)
+@pytest.mark.parametrize(("grid_size", "downsample"), PADDED_GRIDS)
 @pytest.mark.parametrize("name", ["avg_pool", "ldpv2", "tokenpacker", "resampler"])
-def test_equal_features_give_equal_tokens_at_the_padded_edge(name, grid_size, stride):
-    projector, (features, levels) = make_projector(name, grid_size, stride), make_inputs(name, grid_size)
+def test_equal_features_give_equal_tokens_at_the_padded_edge(name, grid_size, downsample):
+    projector, (features, levels) = make_projector(name, grid_size, downsample), make_inputs(name, grid_size)
     if name == "ldpv2":
         nn.init.zeros_(projector.position_conv.weight)  # it tells the border of the grid on purpose
     if name == "resampler":
         nn.init.ones_(projector.queries)
     levels = None if levels is None else levels[:, :1].expand_as(levels)
-    tokens = projector(features[:, :1].expand_as(features), levels)
+    tokens = projector(features[:, :1].expand_as(features), downsample, levels)
     assert_close(tokens, tokens[:, :1].expand_as(tokens))
 
 
@@ -415,14 +372,14 @@ def test_padding_enters_no_mean(name):
         nn.init.zeros_(projector.position_conv.weight)
         nn.init.zeros_(projector.position_conv.bias)
     corner = features[:, 24]  # the only patch of the last region
-    assert_close(projector(features)[:, 8], layers(corner))
+    assert_close(projector(features, 2)[:, 8], layers(corner))
 
 
 def test_padding_of_pixel_shuffle_is_zeros():
     projector, (features, _) = make_projector("pixel_shuffle", 5, 2), make_inputs("pixel_shuffle", 5)
     corner = F.pad(features[:, 24], (0, 3 * VISION_SIZE))
     layers = nn.Sequential(projector.layer_norm, projector.linear_1, nn.GELU(), projector.linear_2)
-    assert_close(projector(features)[:, 8], layers(corner))
+    assert_close(projector(features, 2)[:, 8], layers(corner))
 
 
 def test_padding_is_not_attended_to():
@@ -431,34 +388,34 @@ def test_padding_is_not_attended_to():
     value = projector.norm_value(projector.value(levels[:, 24]))
     attention = projector.attention
     value = F.linear(value, attention.in_proj_weight[2 * VISION_SIZE :], attention.in_proj_bias[2 * VISION_SIZE :])
-    assert_close(projector(features, levels)[:, 8], projector.output(attention.out_proj(value)))
+    assert_close(projector(features, 2, levels)[:, 8], projector.output(attention.out_proj(value)))
 
 
 # ----------------------------------------------------------------------------------------------- locality and gradients
 
 
-@pytest.mark.parametrize(("grid_size", "stride"), GRIDS)
+@pytest.mark.parametrize(("grid_size", "downsample"), GRIDS)
 @pytest.mark.parametrize("name", ["avg_pool", "pixel_shuffle", "tokenpacker"])
-def test_a_patch_changes_its_own_token_and_no_other(name, grid_size, stride):
-    projector, (features, levels) = make_projector(name, grid_size, stride), make_inputs(name, grid_size)
-    tokens, side = projector(features, levels), per_side(grid_size, stride)
+def test_a_patch_changes_its_own_token_and_no_other(name, grid_size, downsample):
+    projector, (features, levels) = make_projector(name, grid_size, downsample), make_inputs(name, grid_size)
+    tokens, side = projector(features, downsample, levels), per_side(grid_size, downsample)
     source = features if levels is None else levels
     for patch in range(grid_size**2):
         row, column = divmod(patch, grid_size)
         changed = source.clone()
         changed[:, patch] += torch.randn_like(changed[:, patch])
-        after = projector(changed) if levels is None else projector(features, changed)
+        after = projector(*((changed, downsample) if levels is None else (features, downsample, changed)))
         differs = (after != tokens).any(-1).all(0)
-        assert differs.nonzero().tolist() == [[row // stride * side + column // stride]]
+        assert differs.nonzero().tolist() == [[row // downsample * side + column // downsample]]
 
 
-@pytest.mark.parametrize(("grid_size", "stride"), GRIDS)
-def test_a_tokenpacker_query_comes_from_its_own_region(grid_size, stride):
-    projector = make_projector("tokenpacker", grid_size, stride)
+@pytest.mark.parametrize(("grid_size", "downsample"), GRIDS)
+def test_a_tokenpacker_query_comes_from_its_own_region(grid_size, downsample):
+    projector = make_projector("tokenpacker", grid_size, downsample)
     features, levels = make_inputs("tokenpacker", grid_size)
     features.requires_grad_()
-    tokens = projector(features, levels)
-    for token, patches in enumerate(regions(grid_size, stride)):
+    tokens = projector(features, downsample, levels)
+    for token, patches in enumerate(regions(grid_size, downsample)):
         (gradient,) = torch.autograd.grad(tokens[:, token].square().sum(), features, retain_graph=True)
         touched = set(gradient.abs().sum((0, 2)).nonzero().flatten().tolist())
         own = {row * grid_size + column for row, column in patches}
@@ -468,9 +425,10 @@ def test_a_tokenpacker_query_comes_from_its_own_region(grid_size, stride):
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_every_parameter_has_a_gradient(name):
-    options = {"pre_norm": True, "end_tokens": 2, "hidden_size": 8} if name == "c_abstractor" else {}
-    projector = make_projector(name, 5, 1 if name == "mlp" else 2, **options)
-    projector(*make_inputs(name, 5)).square().sum().backward()
+    options = {"pre_norm": True, "hidden_size": 8} if name == "c_abstractor" else {}
+    downsample = 1 if name == "mlp" else 2
+    projector, (features, levels) = make_projector(name, 5, downsample, **options), make_inputs(name, 5)
+    projector(features, downsample, levels).square().sum().backward()
     for parameter_name, parameter in projector.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().sum() > 0, parameter_name
@@ -478,23 +436,17 @@ def test_every_parameter_has_a_gradient(name):
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_bfloat16_stays_close(name):
-    stride = 1 if name == "mlp" else 2
-    projector, (features, levels) = make_projector(name, 5, stride), make_inputs(name, 5)
-    tokens = projector(features, levels)
-    in_bfloat16 = projector.bfloat16()(features.bfloat16(), None if levels is None else levels.bfloat16())
+    downsample = 1 if name == "mlp" else 2
+    projector, (features, levels) = make_projector(name, 5, downsample), make_inputs(name, 5)
+    tokens = projector(features, downsample, levels)
+    in_bfloat16 = projector.bfloat16()(features.bfloat16(), downsample, None if levels is None else levels.bfloat16())
     assert in_bfloat16.dtype == torch.bfloat16
     assert (in_bfloat16 - tokens).abs().max() < 0.05 * tokens.abs().max()
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
-def test_no_tiles_give_no_tokens(name):
-    projector, (features, levels) = make_projector(name, 5, 1 if name == "mlp" else 2), make_inputs(name, 5)
-    tokens = projector(features[:0], None if levels is None else levels[:0])
-    assert tokens.shape[0] == 0 and tokens.shape[2] == TEXT_SIZE
-
-
-@pytest.mark.parametrize("name", PROJECTORS)
 def test_projector_is_one_graph(name):
-    projector, (features, levels) = make_projector(name, 5, 1 if name == "mlp" else 2), make_inputs(name, 5)
+    downsample = 1 if name == "mlp" else 2
+    projector, (features, levels) = make_projector(name, 5, downsample), make_inputs(name, 5)
     compiled = torch.compile(projector, backend="eager", fullgraph=True, dynamic=True)
-    assert_close(compiled(features, levels), projector(features, levels))
+    assert_close(compiled(features, downsample, levels), projector(features, downsample, levels))
