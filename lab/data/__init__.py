@@ -1,0 +1,1 @@
+"""What the lab draws: pictures of print with dense labels, all from seeds."""
