@@ -50,6 +50,7 @@ class VisionRemember(nn.Module):
         super().__init__()
         hidden_size, width = config.text_config.hidden_size, config.remember_hidden_size
         self.num_heads, self.num_key_value_heads = config.remember_num_heads, config.remember_num_key_value_heads
+        self.entry_size = 2 * config.key_value_size  # of what `project` returns
         self.query_norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.query = nn.Linear(hidden_size, width, bias=False)
         self.key = nn.Linear(config.memory_size, config.key_value_size, bias=False)
@@ -118,12 +119,9 @@ class RememberModules(nn.ModuleDict):
         if vision_memory is None:
             return hidden_states
         index, memory = vision_index.to(hidden_states.device), vision_memory.to(hidden_states.device)
-        width = (memory.shape[-1] - 1) // len(self)  # 2 * K
-        start = list(self).index(key) * width
+        rows = memory[..., :-1].chunk(len(self), dim=-1)[list(self).index(key)]
         flat = hidden_states.flatten(0, 1)
-        update, weights = self[key](
-            flat.index_select(0, index), memory[..., start : start + width], memory[..., -1] > 0.5
-        )
+        update, weights = self[key](flat.index_select(0, index), rows, memory[..., -1] > 0.5)
         if vision_trace is not None:
             vision_trace.weights[int(key)] = weights
         return flat.index_add(0, index, update.to(flat)).view_as(hidden_states)
@@ -475,7 +473,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             inputs_embeds = inputs_embeds.flatten(0, 1).index_copy(0, index, tokens).view_as(inputs_embeds)
             if len(self.vision_remember):
                 rows = torch.cat(list(images.deepstack_features[0])).to(inputs_embeds.device, inputs_embeds.dtype)
-                memory = rows.unflatten(1, (-1, 2 * self.config.key_value_size * len(self.vision_remember) + 1))
+                entry_size = sum(module.entry_size for module in self.vision_remember.values()) + 1
+                memory = rows.unflatten(1, (-1, entry_size))
                 if memory.shape[1] or self._always_runs_vision():
                     verify = not (self._hooks_verified or torch.compiler.is_compiling())
                     trace = RememberTrace() if output_remember_attentions or verify else None

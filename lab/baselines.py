@@ -1,8 +1,7 @@
-"""The other ways to bring vision features back, each a drop-in for `VisionRemember`, and FastV's pruning.
+"""Other ways to bring vision features back, each a drop-in for `VisionRemember`, and FastV's pruning.
 
-A module takes the hidden states of the vision tokens, their windows of the memory and their validity, and returns an
-update; so all stand at the same places and read the same features. Widths are such that parameters and floating-point
-operations match ours within 10% (`tests/test_lab.py`). All begin at zero.
+All stand after the same decoder layers and read the same memory, so a comparison changes the module alone. Parameters
+and FLOPs of those in the lab's table match ours within 10% (`tests/test_lab.py`). All start as identity.
 """
 
 import math
@@ -13,49 +12,78 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_vr import LlavaVrConfig
-from llava_vr.modeling_llava_vr import MlpProjector, VisionRemember, average_regions, to_grid
+from llava_vr.layout_llava_vr import to_grid, tokens_per_side
+from llava_vr.modeling_llava_vr import VisionRemember
+from llava_vr.projectors_llava_vr import MlpProjector, average_regions
 
 
-class DeepStack(nn.Module):
-    """DeepStack (arXiv 2406.04334), as Qwen3-VL has it: the features, through an MLP, are added; nothing attends.
+class Baseline(nn.Module):
+    """A module whose memory rows hold the windows of the normalised memory itself: it projects window by window."""
 
-    Every patch of the window goes through the first layer, then they are averaged. Each insertion gets all levels.
+    def __init__(self, config: LlavaVrConfig, width: int):
+        super().__init__()
+        self.entry_size = config.memory_size
+        self.out = nn.Linear(width, config.text_config.hidden_size)
+        self.out.starts_at_zero = True
+
+    def forward(self, states: torch.Tensor, rows: torch.Tensor | None = None, present: torch.Tensor | None = None):
+        """The memory as it is, or, with rows, the update of the hidden states; see `VisionRemember`."""
+        if rows is None:
+            return states
+        return self.attend(states, rows, present).masked_fill(~present.any(-1, keepdim=True), 0), None
+
+    def attend(self, hidden_states: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def mean_present(entries: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """The mean over the entries of a window that are present: `(tokens, window, width)` to `(tokens, width)`."""
+    weights = present / present.sum(-1, keepdim=True).clamp(min=1)
+    return torch.einsum("nw,nwc->nc", weights.to(entries), entries)
+
+
+class DeepStack(Baseline):
+    """DeepStack (arXiv 2406.04334) with an MLP on every patch of the window, mean-pooled and added; nothing attends.
+
+    Each insertion gets all levels.
     """
 
     def __init__(self, config: LlavaVrConfig):
-        super().__init__()
         width = 2 * config.remember_hidden_size
+        super().__init__(config, width)
         self.norm = nn.LayerNorm(config.memory_size, eps=1e-6)
         self.linear_1 = nn.Linear(config.memory_size, width)
-        self.out = nn.Linear(width, config.text_config.hidden_size)
 
-    def forward(self, hidden_states, memory, valid):
-        features = F.gelu(self.linear_1(self.norm(memory))).mean(1)  # (tokens, width)
-        return self.out(features).masked_fill(~valid[:, None], 0), None
+    def attend(self, hidden_states, rows, present):
+        return self.out(mean_present(F.gelu(self.linear_1(self.norm(rows))), present))
 
 
-class CrossAttention(nn.Module):
-    """What the attending baselines share: query, keys and values, scaled dot products, output."""
+def cross_attention(query, key, value, heads, present):
+    """Scaled dot products of `(groups, queries, width)` with `(groups, keys, width)`; present: `(groups, keys)`."""
+    query, key, value = (states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (query, key, value))
+    read = F.scaled_dot_product_attention(query, key, value, attn_mask=present[:, None, None])
+    return read.transpose(1, 2).flatten(2)  # (groups, queries, width)
+
+
+class AttentionBaseline(Baseline):
+    """What the baselines that attend share: norms, query and output."""
 
     def __init__(self, config: LlavaVrConfig, feature_size: int):
-        super().__init__()
         hidden_size, width = config.text_config.hidden_size, config.remember_hidden_size
-        self.heads = (config.remember_num_heads, -1)
+        super().__init__(config, width)
+        self.num_heads = config.remember_num_heads
         self.query_norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.memory_norm = nn.LayerNorm(feature_size, eps=1e-6)
         self.query = nn.Linear(hidden_size, width, bias=False)
-        self.out = nn.Linear(width, hidden_size)
 
-    def attend(self, hidden_states, key, value):
-        # hidden_states (groups, queries, hidden), key and value (groups, keys, width) -> (groups, queries, hidden)
+    def read(self, hidden_states, key, value, present):
         query = self.query(self.query_norm(hidden_states))
-        query, key, value = (s.unflatten(-1, self.heads).transpose(1, 2) for s in (query, key, value))
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.out(cross_attention(query, key, value, self.num_heads, present))
 
 
-class Sva(CrossAttention):
-    """Cambrian-1's spatial vision aggregator (arXiv 2406.16860): a token attends to its region of every level, each
-    level with its own keys and values, one softmax over all of them."""
+class Sva(AttentionBaseline):
+    """The attention of Cambrian-1's spatial vision aggregator (arXiv 2406.16860): a token attends to its window of
+    every level, each level with its own keys and values, one softmax over all of them."""
 
     def __init__(self, config: LlavaVrConfig):
         levels, width = len(config.remember_feature_layers), config.remember_hidden_size
@@ -64,60 +92,93 @@ class Sva(CrossAttention):
         self.key = nn.ModuleList(nn.Linear(feature_size, width, bias=False) for _ in range(levels))
         self.value = nn.ModuleList(nn.Linear(feature_size, width, bias=False) for _ in range(levels))
 
-    def forward(self, hidden_states, memory, valid):
-        levels = self.memory_norm(memory.unflatten(-1, (len(self.key), -1))).unbind(2)  # (tokens, window, features)
+    def attend(self, hidden_states, rows, present):
+        levels = self.memory_norm(rows.unflatten(-1, (len(self.key), -1))).unbind(2)  # (tokens, window, features)
         key = torch.cat([layer(level) for layer, level in zip(self.key, levels)], dim=1)
         value = torch.cat([layer(level) for layer, level in zip(self.value, levels)], dim=1)
-        update = self.attend(hidden_states[:, None], key, value)[:, 0]
-        return update.masked_fill(~valid[:, None], 0), None
+        return self.read(hidden_states[:, None], key, value, present.repeat(1, len(levels)))[:, 0]
 
 
-class GlobalCrossAttention(CrossAttention):
-    """Flamingo's gated cross attention (arXiv 2204.14198): a token attends to the whole image; a tanh gate opens it."""
+class SvaLayer(Baseline):
+    """Cambrian-1's aggregator as a whole layer of its decoder: position embeddings and a context of the window, a norm
+    for each of queries, keys and values, and an MLP after the attention."""
 
     def __init__(self, config: LlavaVrConfig):
-        width = config.remember_hidden_size
-        super().__init__(config, config.memory_size)
-        self.tokens_per_image = config.image_layout.tokens_per_tile
-        self.key = nn.Linear(config.memory_size, width, bias=False)
-        self.value = nn.Linear(config.memory_size, width, bias=False)
-        self.gate = nn.Parameter(torch.zeros(()))
+        hidden_size, width = config.text_config.hidden_size, config.remember_hidden_size
+        features, levels = config.vision_config.hidden_size, len(config.remember_feature_layers)
+        super().__init__(config, width)
+        self.num_heads = config.remember_num_heads
 
-    def forward(self, hidden_states, memory, valid):
-        images = (-1, self.tokens_per_image)
-        memory = self.memory_norm(memory).unflatten(0, images).flatten(1, 2)  # (images, tokens * window, features)
-        update = self.attend(hidden_states.unflatten(0, images), self.key(memory), self.value(memory))
-        return (self.gate.tanh() * update).flatten(0, 1).masked_fill(~valid[:, None], 0), None
+        def normed(in_features: int) -> nn.Sequential:
+            return nn.Sequential(nn.LayerNorm(in_features), nn.Linear(in_features, width, bias=False))
+
+        self.context = nn.Linear(features, width, bias=False)
+        self.merge = nn.Linear(hidden_size + width, width, bias=False)
+        self.positions = nn.Parameter(
+            torch.randn(config.window_size(config.projector_downsample) ** 2, levels, features)
+        )
+        self.query = normed(width)
+        self.key = nn.ModuleList(normed(features) for _ in range(levels))
+        self.value = nn.ModuleList(normed(features) for _ in range(levels))
+        self.read = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False), nn.GELU())
+
+    def attend(self, hidden_states, rows, present):
+        levels = rows.unflatten(-1, self.positions.shape[1:])  # (tokens, window, levels, features)
+        context = mean_present(levels[:, :, -1], present)
+        query = self.merge(torch.cat([hidden_states, self.context(context)], dim=-1))[:, None]  # (tokens, 1, width)
+        levels = (levels + self.positions).unbind(2)
+        key = torch.cat([layer(level) for layer, level in zip(self.key, levels)], dim=1)
+        value = torch.cat([layer(level) for layer, level in zip(self.value, levels)], dim=1)
+        read = cross_attention(self.query(query), key, value, self.num_heads, present.repeat(1, len(levels)))
+        return self.out(self.mlp(query + self.read(read)))[:, 0]
+
+
+class GlobalCrossAttention(AttentionBaseline):
+    """Flamingo's gated cross attention (arXiv 2204.14198): a token attends to the whole image; a tanh gate opens it.
+
+    The image is put together from its tokens' windows, which therefore must not overlap. `tiles`: those of an image.
+    """
+
+    def __init__(self, config: LlavaVrConfig, tiles: int = 1):
+        if config.remember_window_ratio != 1:
+            raise ValueError(f"remember_window_ratio must be 1.0 here, found {config.remember_window_ratio}.")
+        super().__init__(config, config.memory_size)
+        self.image_tokens = tiles * tokens_per_side(config.feature_grid, config.projector_downsample) ** 2
+        self.key = nn.Linear(config.memory_size, config.remember_hidden_size, bias=False)
+        self.value = nn.Linear(config.memory_size, config.remember_hidden_size, bias=False)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.out.starts_at_zero = False  # the gate does
+
+    def attend(self, hidden_states, rows, present):
+        images = (-1, self.image_tokens)
+        memory = self.memory_norm(rows).unflatten(0, images).flatten(1, 2)  # (images, tokens * window, features)
+        present = present.unflatten(0, images).flatten(1, 2)
+        update = self.read(hidden_states.unflatten(0, images), self.key(memory), self.value(memory), present)
+        return (self.gate.tanh() * update).flatten(0, 1)
 
 
 class WindowMean(VisionRemember):
-    """Ours without attention: every entry of the window weighs the same. Of the query only its parameters are left."""
+    """Ours without attention: the values of the window are mean-pooled. Query and key are parameters alone."""
 
-    def forward(self, hidden_states, memory, valid):
-        return self.out(self.value(memory).mean(1)).masked_fill(~valid[:, None], 0), None
-
-
-class NoBias(VisionRemember):
-    """Ours without the positional bias in the window."""
-
-    def __init__(self, config: LlavaVrConfig):
-        super().__init__(config)
-        self.window_bias.requires_grad_(False)
+    def attend(self, hidden_states, rows, present):
+        update = self.out(mean_present(rows.chunk(2, dim=-1)[1], present))
+        return update.masked_fill(~present.any(-1, keepdim=True), 0), None
 
 
 class WideAvgPool(MlpProjector):
-    """Average pooling with the parameters and operations of the modules spent on the projector: one more layer, wide,
-    on every patch before the mean."""
+    """Average pooling with the parameters and FLOPs of the modules spent on the projector: one more layer, wide, on
+    every patch before the mean."""
 
     def __init__(self, config: LlavaVrConfig, hidden_size: int = 368, width: int = 736):
         super().__init__(config)
-        features, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.linear_1, self.linear_2 = nn.Linear(features, hidden_size), nn.Linear(width, text_size)
+        self.linear_1 = nn.Linear(config.feature_size, hidden_size)
         self.middle = nn.Linear(hidden_size, width)
+        self.linear_2 = nn.Linear(width, config.text_config.hidden_size)
 
-    def forward(self, features, levels=None):
-        grid = to_grid(self.act(self.middle(self.act(self.linear_1(features)))), self.grid_size).permute(0, 3, 1, 2)
-        return self.linear_2(average_regions(grid, self.stride).flatten(2).transpose(1, 2))
+    def forward(self, features, downsample, levels=None):
+        grid = to_grid(self.act(self.middle(self.act(self.linear_1(features))))).permute(0, 3, 1, 2)
+        return self.linear_2(average_regions(grid, downsample).flatten(2).transpose(1, 2))
 
 
 MODULES = {
@@ -126,7 +187,6 @@ MODULES = {
     "sva": Sva,
     "global": GlobalCrossAttention,
     "mean": WindowMean,
-    "no bias": NoBias,
 }
 
 

@@ -3,7 +3,7 @@
     python -m lab.evaluate --model . --n 200 --seed 99                            # fonts and layouts of the test alone
     python -m lab.evaluate --model . --n 1000 --seed 99 --domains receipt --seen  # those of training
 
-Every picture is asked one question of each kind. An answer counts only if it is right to the letter.
+One question of each type is asked about every picture. An answer counts only if it is an exact match.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
-from lab.drawing import Turn, generator
-from lab.samples import DOMAINS
+from lab.data.drawing import Turn, generator
+from lab.data.samples import DOMAINS
 from lab.training import describe_machine
 
 
@@ -33,13 +33,13 @@ class Case:
 
 
 def draw_cases(seed: int, count: int, held_out: bool, domains: Sequence[str] = tuple(DOMAINS)) -> Iterator[Case]:
-    """Fresh pictures of each domain, each with one question of every kind."""
+    """Fresh pictures of each domain, each with one question of every type."""
     for name in domains:
         for index in range(count):
             rng = generator(seed, index)
             picture = DOMAINS[name].draw(rng, held_out)
-            for kind in DOMAINS[name].KINDS:
-                yield Case(name, picture.image, DOMAINS[name].ask(rng, picture.facts, kind))
+            for question_type in DOMAINS[name].QUESTION_TYPES:
+                yield Case(name, picture.image, DOMAINS[name].ask(rng, picture.facts, question_type))
 
 
 def encode(model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case]) -> BatchFeature:
@@ -69,7 +69,7 @@ def measure(
     Asks all cases.
 
     Returns:
-        for each domain and kind of question, a text with a 1 for each picture answered right and a 0 for the others;
+        for each domain and type of question, a text with a 1 for each exact match and a 0 for each other picture;
         and the wrong answers.
     """
     right: dict[str, dict[str, str]] = {}
@@ -77,19 +77,20 @@ def measure(
     for first in tqdm(range(0, len(cases), batch_size), desc="questions", unit="batch"):
         batch = cases[first : first + batch_size]
         for case, said in zip(batch, answer(model, processor, encode(model, processor, batch))):
-            kinds, is_right = right.setdefault(case.domain, {}), said == case.turn.answer
-            kinds[case.turn.kind] = kinds.get(case.turn.kind, "") + str(int(is_right))
+            by_type, is_right = right.setdefault(case.domain, {}), said == case.turn.answer
+            by_type[case.turn.question_type] = by_type.get(case.turn.question_type, "") + str(int(is_right))
             if not is_right:
                 misses.append((case, said))
     return right, misses
 
 
 def exact_match(right: dict[str, dict[str, str]]) -> dict[str, dict[str, float]]:
-    """Shares answered right, by domain and kind, and as "all" their mean."""
+    """Shares of exact matches, by domain and type of question, and as "all" their mean."""
     shares = {
-        domain: {kind: hits.count("1") / len(hits) for kind, hits in kinds.items()} for domain, kinds in right.items()
+        domain: {name: hits.count("1") / len(hits) for name, hits in by_type.items()}
+        for domain, by_type in right.items()
     }
-    return {domain: {**kinds, "all": sum(kinds.values()) / len(kinds)} for domain, kinds in shares.items()}
+    return {domain: {**by_type, "all": sum(by_type.values()) / len(by_type)} for domain, by_type in shares.items()}
 
 
 @torch.inference_mode()

@@ -1,12 +1,13 @@
 """What every model of the lab has around it: tokenizer, chat template, processor."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from lab.labels import CANVAS
+from lab.data.dense_labels import CANVAS
 from llava_vr import LlavaVrProcessor
 
 
@@ -19,22 +20,7 @@ PAD, END, SYSTEM, USER, ASSISTANT, IMAGE = SPECIAL_TOKENS = (
     "<image>",
 )
 MAX_LENGTH = 512
-CHAT_TEMPLATE = """{%- macro render(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- else -%}
-{%- for part in content -%}{{- '<image>' if part.type == 'image' else part.text -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-{{- '<|' + message.role + '|>' -}}
-{%- if message.role == 'assistant' -%}
-{%- generation -%}{{- render(message.content) + '<|end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- render(message.content) + '<|end|>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).parents[1].joinpath("chat_template.jinja").read_text(encoding="utf-8")  # the root's
 
 
 def make_tokenizer(texts: Iterable[str], least: int = 8) -> PreTrainedTokenizerFast:
@@ -63,7 +49,7 @@ def make_tokenizer(texts: Iterable[str], least: int = 8) -> PreTrainedTokenizerF
     )
 
 
-def make_processor(texts: Iterable[str], downsample: int = 3) -> LlavaVrProcessor:
+def make_processor(texts: Iterable[str], downsample: int = 3, choices: Sequence[int] | None = None) -> LlavaVrProcessor:
     """One square picture of 96 x 96 pixels, a vision token for each downsample x downsample patches of it."""
     image_processor = LlavaImageProcessorPil(
         do_pad=True,
@@ -79,6 +65,7 @@ def make_processor(texts: Iterable[str], downsample: int = 3) -> LlavaVrProcesso
         chat_template=CHAT_TEMPLATE,
         patch_size=8,
         projector_downsample=downsample,
+        projector_downsample_choices=choices and list(choices),
         image_aspect_ratio="pad",
         image_merge_type="flat",
     )

@@ -2,7 +2,7 @@
 
 The pictures are drawn, so it is known what lies under every patch: a character, a bar of some value, a shape, and to
 which line, row, column or number it belongs. A tower trained on that is then frozen, as a real model starts from a
-pretrained tower. `python -m lab.table` trains it first.
+pretrained tower. `python -m lab.run_experiments` trains it first.
 """
 
 import json
@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lab.drawing import Picture, generator, pixels
-from lab.labels import CANVAS, KINDS
-from lab.samples import DOMAINS, draw_sample
+from lab.data.dense_labels import CANVAS, LABEL_TYPES
+from lab.data.drawing import Picture, generator, pixels
+from lab.data.samples import DOMAINS, draw_sample
 from lab.training import describe_machine, read_config, train
 
 
@@ -25,11 +25,11 @@ TEST_SEED = 2
 
 
 def patch_labels(picture: Picture, grid: int) -> dict[str, np.ndarray]:
-    """The number of what lies under each patch, for each of `KINDS`: (patches,), of glyphs (patches, SPOTS)."""
+    """The number of what lies under each patch, for each of `LABEL_TYPES`: (patches,), of glyphs (patches, SPOTS)."""
     rows = ((np.arange(grid) + 0.5) / grid * CANVAS).astype(int)
     columns = ((np.arange(SPOTS * grid) + 0.5) / (SPOTS * grid) * CANVAS).astype(int)
-    spots = picture.labels.maps[:, rows][:, :, columns].reshape(len(KINDS), grid * grid, SPOTS).astype(np.int64)
-    labels = dict(zip(KINDS, np.where(spots[..., 0] > 0, spots[..., 0], spots[..., 1])))
+    spots = picture.labels.maps[:, rows][:, :, columns].reshape(len(LABEL_TYPES), grid * grid, SPOTS).astype(np.int64)
+    labels = dict(zip(LABEL_TYPES, np.where(spots[..., 0] > 0, spots[..., 0], spots[..., 1])))
     return {**labels, "glyph": spots[0]}
 
 
@@ -61,8 +61,14 @@ class ReadingTower(nn.Module):
         super().__init__()
         width = tower.config.hidden_size
         self.tower, self.levels = tower, levels
-        self.glyphs = nn.ModuleList(self.head(width, SPOTS * (len(KINDS["glyph"]) + 1)) for _ in levels)
-        self.others = nn.ModuleDict({kind: self.head(width, len(KINDS[kind]) + 1) for kind in KINDS if kind != "glyph"})
+        self.glyphs = nn.ModuleList(self.head(width, SPOTS * (len(LABEL_TYPES["glyph"]) + 1)) for _ in levels)
+        self.others = nn.ModuleDict(
+            {
+                label_type: self.head(width, len(LABEL_TYPES[label_type]) + 1)
+                for label_type in LABEL_TYPES
+                if label_type != "glyph"
+            }
+        )
 
     @staticmethod
     def head(width: int, classes: int) -> nn.Module:
@@ -76,32 +82,32 @@ class ReadingTower(nn.Module):
         return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), weight)
 
     def forward(self, pixel_values: torch.Tensor, **labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss, and for each of `KINDS` the logits of the last level, (pictures, patches, [SPOTS,] classes).
+        """The loss, and for each of `LABEL_TYPES` the logits of the last level, (pictures, patches, [SPOTS,] classes).
 
         What glyphs belong to can be named only once they are: its loss weighs little, and leads when theirs has fallen.
         """
         states = self.tower(pixel_values, output_hidden_states=True).hidden_states
         glyphs = [head(states[i][:, 1:]).unflatten(-1, (SPOTS, -1)) for head, i in zip(self.glyphs, self.levels)]
-        others = {kind: head(states[-1][:, 1:]) for kind, head in self.others.items()}
+        others = {label_type: head(states[-1][:, 1:]) for label_type, head in self.others.items()}
         loss = sum(self.loss(logits, labels["glyph"]) for logits in glyphs)
-        loss = loss + 0.15 * sum(self.loss(logits, labels[kind]) for kind, logits in others.items())
+        loss = loss + 0.15 * sum(self.loss(logits, labels[label_type]) for label_type, logits in others.items())
         return {"loss": loss, "glyph": glyphs[-1], **others}
 
 
 @torch.inference_mode()
 def share_named(model: ReadingTower, grid: int, held_out: bool, count: int = 100) -> dict[str, dict[str, float]]:
-    """By domain and kind of label: the share named right of what is there to name, on fresh pictures."""
+    """By domain and type of label: the share named right of what is there to name, on fresh pictures."""
     device, shares = next(model.parameters()).device, {}
     for name, domain in DOMAINS.items():
         pictures = [domain.draw(generator(TEST_SEED, index), held_out) for index in range(count)]
         batch = default_collate([as_tensors(picture, grid) for picture in pictures])
         named = model(**{key: value.to(device) for key, value in batch.items()})
         shares[name] = {}
-        for kind in KINDS:
-            there = batch[kind] > 0
+        for label_type in LABEL_TYPES:
+            there = batch[label_type] > 0
             if there.any():
-                right = named[kind].argmax(-1).cpu() == batch[kind]
-                shares[name][kind] = round(right[there].float().mean().item(), 4)
+                right = named[label_type].argmax(-1).cpu() == batch[label_type]
+                shares[name][label_type] = round(right[there].float().mean().item(), 4)
     return shares
 
 

@@ -24,7 +24,7 @@ FROM_NANO = "-from-nano"
 
 
 def read_config(stage: str) -> dict[str, Any]:
-    """The configuration file of a stage: tower, upper, compressed or nano."""
+    """The configuration file of a stage: tower, uncompressed, compressed or nano."""
     return json.loads((CONFIGS / f"{stage}.json").read_text())
 
 

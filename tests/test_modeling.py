@@ -271,6 +271,34 @@ def test_keys_and_values_per_patch_equal_those_per_window(tiny_config, make_mode
         torch.testing.assert_close(rows, expected.flatten(1), rtol=0, atol=1e-6)
 
 
+class RawWindows(torch.nn.Module):
+    """A module whose rows hold the memory itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.entry_size, self.rows = config.memory_size, None
+
+    def forward(self, states, rows=None, present=None):
+        if rows is None:
+            return states
+        self.rows = rows
+        return torch.zeros_like(states), None
+
+
+@pytest.mark.parametrize("layers", [[0], [0, 1]])
+def test_a_module_is_called_with_rows_of_its_own_width(tiny_config, make_model, make_inputs, layers):
+    model = make_model(tiny_config(remember_layers=layers))
+    inputs = make_inputs(model.config, MIXED)
+    update = model(**inputs).logits
+    modules = {key: RawWindows(model.config) for key in model.model.vision_remember}
+    model.model.vision_remember.update(modules)
+    assert not torch.equal(model(**inputs).logits, update)
+    tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    for module in modules.values():
+        assert module.rows.shape == (tokens, model.config.window_size(2) ** 2, model.config.memory_size)
+        assert torch.equal(module.rows, modules["0"].rows)
+
+
 def test_attention_weights_on_request(config, model, make_inputs):
     inputs = make_inputs(config, MIXED)
     with torch.no_grad():

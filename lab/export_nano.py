@@ -1,18 +1,18 @@
 """Trains the nano model on all domains, unless that is done, and writes its checkpoint folder, complete with code.
 
-    python -m lab.ship --scale cpu --output lab/runs/nano              # from nothing
-    python -m lab.ship --scale cpu --from-nano --output lab/runs/nano  # from tower and decoder of the one at the root
+    python -m lab.export_nano --scale cpu --output lab/runs/nano              # from nothing
+    python -m lab.export_nano --scale cpu --from-nano --output lab/runs/nano  # from tower and decoder of the root's
 
-From nothing, tower and decoder of the laboratory are trained first where they are missing.
+From nothing, tower and decoder of the lab are trained first where they are missing.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from lab.answers import processor_of, train_arm
-from lab.arms import NANO, UPPER
+from lab.experiments import NANO, UNCOMPRESSED
 from lab.tower import train_tower
+from lab.train_vlm import processor_of, train_experiment
 from lab.training import add_options, deadline_of, group_of, read_config
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
@@ -22,7 +22,6 @@ def save(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, fo
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["auto_map"]["AutoModel"] = "modeling_llava_vr.LlavaVrModel"
     config.pop("use_cache", None)  # left by Trainer, which turns the cache off
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -37,9 +36,10 @@ def main() -> None:
     if not args.from_nano:
         if not train_tower(args.scale, folder / "tower", deadline):
             return
-        if train_arm(UPPER, args.scale, read_config("upper")["seed"], folder, deadline) is None:
+        seed = read_config("uncompressed")["seed"]
+        if train_experiment(UNCOMPRESSED, args.scale, seed, folder, deadline) is None:
             return
-    trained = train_arm(NANO, args.scale, read_config("nano")["seed"], folder, deadline, args.from_nano)
+    trained = train_experiment(NANO, args.scale, read_config("nano")["seed"], folder, deadline, args.from_nano)
     if trained is not None:
         save(trained[0], processor_of(NANO), args.output)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lab.labels import CANVAS, Labels
+from lab.data.dense_labels import CANVAS, Labels
 
 
 FONTS = (
@@ -45,9 +45,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question of a given kind, and its answer."""
+    """One question of a given type, and its answer."""
 
-    kind: str
+    question_type: str
     question: str
     answer: str
 

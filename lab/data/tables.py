@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import Canvas, Picture, Turn, ask_selection, phrase
-from lab.labels import CANVAS, KEYS, ROWS
+from lab.data.dense_labels import CANVAS, KEYS, ROWS
+from lab.data.drawing import Canvas, Picture, Turn, ask_selection, phrase
 
 
 TRANSCRIBE = ("Read the table.", "List all rows of the table.", "What does the table say?")
 SELECT = ("List {names}.", "Read the rows {names}.")
 CELL = ("What is {column} of {row}?", "Which number is in {column} of {row}?")
 LARGEST = ("Which row is largest in {column}?", "Which row has the highest {column}?")
-KINDS = ("transcribe", "cell", "largest")
+QUESTION_TYPES = ("transcribe", "cell", "largest")
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,18 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     return canvas.finish(table)
 
 
-def ask(rng: np.random.Generator, table: Table, kind: str) -> Turn:
-    """A question of one kind about the table, with its answer."""
+def ask(rng: np.random.Generator, table: Table, question_type: str) -> Turn:
+    """A question of one type about the table, with its answer."""
     lines = {name: " ".join((name, *map(str, values))) for name, values in zip(table.rows, table.numbers)}
-    if kind == "select":
+    if question_type == "select":
         return ask_selection(rng, SELECT, lines)
-    if kind == "transcribe":
-        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join((" ".join(table.columns), *lines.values())))
+    if question_type == "transcribe":
+        return Turn(question_type, phrase(rng, TRANSCRIBE), "\n".join((" ".join(table.columns), *lines.values())))
     row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
-    if kind == "cell":
+    if question_type == "cell":
         question = phrase(rng, CELL, row=table.rows[row], column=table.columns[column])
-        return Turn(kind, question, str(table.numbers[row][column]))
+        return Turn(question_type, question, str(table.numbers[row][column]))
     values = [line[column] for line in table.numbers]
-    return Turn(kind, phrase(rng, LARGEST, column=table.columns[column]), table.rows[values.index(max(values))])
+    return Turn(
+        question_type, phrase(rng, LARGEST, column=table.columns[column]), table.rows[values.index(max(values))]
+    )

@@ -27,7 +27,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 MAX_VALUE = 9
 
 CANVAS = 96  # the model's image side; pictures are drawn at one to three times that
-KINDS = {
+LABEL_TYPES = {
     "glyph": (
         *LETTERS,
         *"0123456789",
@@ -41,15 +41,17 @@ KINDS = {
     "tens": tuple(range(10)),  # of the number in its row or cell, or of its bar
     "ones": tuple(range(10)),
 }
-PLANES = {kind: plane for plane, kind in enumerate(KINDS)}
-CLASSES = {kind: {value: number for number, value in enumerate(values, 1)} for kind, values in KINDS.items()}
+PLANES = {label_type: plane for plane, label_type in enumerate(LABEL_TYPES)}
+CLASSES = {
+    label_type: {value: number for number, value in enumerate(values, 1)} for label_type, values in LABEL_TYPES.items()
+}
 
 
 class Labels:
-    """For each kind of label a map of 96 x 96, with 0 where there is nothing to name: `maps`, (kinds, 96, 96)."""
+    """For each type of label a map of 96 x 96, with 0 where there is nothing to name: `maps`, (types, 96, 96)."""
 
     def __init__(self):
-        self.maps = np.zeros((len(KINDS), CANVAS, CANVAS), dtype=np.uint8)
+        self.maps = np.zeros((len(LABEL_TYPES), CANVAS, CANVAS), dtype=np.uint8)
 
     def mark(self, left: float, top: float, right: float, bottom: float, number: int | None = None, **labels):
         """Names a box, in 96ths of the picture's side; a number of at most two digits is named by its tens and ones."""
@@ -57,8 +59,8 @@ class Labels:
             labels |= {"tens": number // 10, "ones": number % 10}
         x, y = max(round(left), 0), max(round(top), 0)
         box = slice(y, max(round(bottom), y + 1)), slice(x, max(round(right), x + 1))
-        for kind, value in labels.items():
-            self.maps[PLANES[kind]][box] = CLASSES[kind][value]
+        for label_type, value in labels.items():
+            self.maps[PLANES[label_type]][box] = CLASSES[label_type][value]
 
     def turn(self, angle: float):
         """Turns all maps by `angle` degrees, as Pillow turns a picture."""

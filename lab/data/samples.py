@@ -1,7 +1,7 @@
 """All domains together: pictures by seed and index, dialogues about them, and a contact sheet.
 
-python -m lab.samples --sheet sheet.png                 # five samples of every domain, with questions and answers
-python -m lab.samples --sheet held_out.png --held-out   # in the fonts and layouts that only the test has
+python -m lab.data.samples --sheet sheet.png                 # five samples of every domain, with questions and answers
+python -m lab.data.samples --sheet held_out.png --held-out   # in the fonts and layouts that only the test has
 """
 
 import argparse
@@ -13,8 +13,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lab import charts, ocr, receipts, shapes, tables
-from lab.drawing import CANVAS, Picture, Turn, generator, load_font
+from lab.data import charts, ocr, receipts, shapes, tables
+from lab.data.drawing import CANVAS, Picture, Turn, generator, load_font
 
 
 DOMAINS: dict[str, ModuleType] = {
@@ -44,12 +44,12 @@ def draw_dialogue(rng: np.random.Generator, domain: ModuleType, picture: Picture
     from line to line; only look-ups and selections teach to find a thing by its name, and selections do so most often.
     Selections are for practice alone: no test has them.
     """
-    long = ["select"] * hasattr(domain, "SELECT") + ["transcribe"] * ("transcribe" in domain.KINDS)
-    short = [kind for kind in domain.KINDS if kind != "transcribe"]
-    kinds = [short[i] for i in rng.integers(len(short), size=turns)] + long
-    kinds = kinds[::-1] if rng.random() < 0.15 else kinds
-    asked = [domain.ask(rng, picture.facts, kind) for kind in kinds]
-    return list({(turn.kind, turn.answer): turn for turn in asked[::-1]}.values())[::-1]  # no answer twice
+    long = ["select"] * hasattr(domain, "SELECT") + ["transcribe"] * ("transcribe" in domain.QUESTION_TYPES)
+    short = [question_type for question_type in domain.QUESTION_TYPES if question_type != "transcribe"]
+    question_types = [short[i] for i in rng.integers(len(short), size=turns)] + long
+    question_types = question_types[::-1] if rng.random() < 0.15 else question_types
+    asked = [domain.ask(rng, picture.facts, question_type) for question_type in question_types]
+    return list({(turn.question_type, turn.answer): turn for turn in asked[::-1]}.values())[::-1]  # no answer twice
 
 
 def sample_texts(seed: int = 0, count: int = 6000) -> Iterator[str]:
@@ -63,7 +63,7 @@ def sample_texts(seed: int = 0, count: int = 6000) -> Iterator[str]:
 
 
 def draw_sheet(seed: int, held_out: bool) -> Image.Image:
-    """A row of samples for each domain, as the model sees them, with one question of every kind."""
+    """A row of samples for each domain, as the model sees them, with one question of every type."""
     font, width, height, columns = load_font("default", 13), 300, 400, 5
     sheet = Image.new("RGB", (columns * width, len(DOMAINS) * height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -73,7 +73,7 @@ def draw_sheet(seed: int, held_out: bool) -> Image.Image:
             picture = domain.draw(rng, held_out)
             seen = picture.image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
             sheet.paste(seen.resize((2 * CANVAS, 2 * CANVAS)), (x, y))
-            turns = [domain.ask(rng, picture.facts, kind) for kind in domain.KINDS]
+            turns = [domain.ask(rng, picture.facts, question_type) for question_type in domain.QUESTION_TYPES]
             lines = [fill(f"{turn.question} {turn.answer.replace(chr(10), ' / ')}", 42) for turn in turns]
             pen.multiline_text((x + 4, y + 2 * CANVAS + 6), "\n".join(lines), fill="black", font=font)
     return sheet

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import Canvas, Picture, Turn, ask_selection, phrase
-from lab.labels import CANVAS, ITEMS
+from lab.data.dense_labels import CANVAS, ITEMS
+from lab.data.drawing import Canvas, Picture, Turn, ask_selection, phrase
 
 
 MAX_ROWS = 5
@@ -20,7 +20,7 @@ PRICE = (
 ITEM = ("What costs {price}?", "Which item costs {price}?", "What can I buy for {price}?")
 CHEAPEST = ("Which is cheapest?", "What is the cheapest item?", "Which item costs the least?")
 DEAREST = ("Which is dearest?", "What is the most expensive item?", "Which item costs the most?")
-KINDS = ("transcribe", "price", "item", "cheapest", "dearest", "no item", "no price")
+QUESTION_TYPES = ("transcribe", "price", "item", "cheapest", "dearest", "no item", "no price")
 
 
 @dataclass(frozen=True)
@@ -68,26 +68,26 @@ def made_up_word(rng: np.random.Generator) -> str:
     return word + "nrsltk"[rng.integers(6)] if rng.random() < 0.5 else word
 
 
-def ask(rng: np.random.Generator, rows: tuple[Row, ...], kind: str) -> Turn:
-    """A question of one kind about the rows, with its answer."""
+def ask(rng: np.random.Generator, rows: tuple[Row, ...], question_type: str) -> Turn:
+    """A question of one type about the rows, with its answer."""
     row = rows[rng.integers(len(rows))]
     lines = {row.item: f"{row.item} {row.price}" for row in rows}
-    if kind == "transcribe":
-        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(lines.values()))
-    if kind == "select":
+    if question_type == "transcribe":
+        return Turn(question_type, phrase(rng, TRANSCRIBE), "\n".join(lines.values()))
+    if question_type == "select":
         return ask_selection(rng, SELECT, lines)
-    if kind == "price":
-        return Turn(kind, phrase(rng, PRICE, item=row.item), str(row.price))
-    if kind == "item":
-        return Turn(kind, phrase(rng, ITEM, price=row.price), row.item)
-    if kind == "cheapest":
-        return Turn(kind, phrase(rng, CHEAPEST), min(rows, key=lambda row: row.price).item)
-    if kind == "dearest":
-        return Turn(kind, phrase(rng, DEAREST), max(rows, key=lambda row: row.price).item)
-    if kind == "no item":
+    if question_type == "price":
+        return Turn(question_type, phrase(rng, PRICE, item=row.item), str(row.price))
+    if question_type == "item":
+        return Turn(question_type, phrase(rng, ITEM, price=row.price), row.item)
+    if question_type == "cheapest":
+        return Turn(question_type, phrase(rng, CHEAPEST), min(rows, key=lambda row: row.price).item)
+    if question_type == "dearest":
+        return Turn(question_type, phrase(rng, DEAREST), max(rows, key=lambda row: row.price).item)
+    if question_type == "no item":
         absent = [item for item in ITEMS if item not in {row.item for row in rows}]
         item = absent[rng.integers(len(absent))] if rng.random() < 0.7 else made_up_word(rng)
-        return Turn(kind, phrase(rng, PRICE, item=item), f"There is no {item}.")
+        return Turn(question_type, phrase(rng, PRICE, item=item), f"There is no {item}.")
     absent = [price for price in range(1, 100) if price not in {row.price for row in rows}]
     price = absent[rng.integers(len(absent))]
-    return Turn(kind, phrase(rng, ITEM, price=price), f"Nothing costs {price}.")
+    return Turn(question_type, phrase(rng, ITEM, price=price), f"Nothing costs {price}.")

@@ -1,10 +1,10 @@
-"""Trains and measures every model of the table, one after the other; each result is a file in lab/results.
+"""Trains and measures the experiments of a scale, one after the other; each result is a file in lab/results.
 
-    python -m lab.table --scale cpu                               # two projectors at 16 to 1, with and without; hours
-    python -m lab.table --scale cpu --arms avg_pool-16-deepstack  # another row at the same scale
-    python -m lab.table --from-nano --arms avg_pool-16-ours       # from tower and decoder of the root: half an hour
-    python -m lab.table --scale gpu --minutes 9                   # a piece of the whole table; the same command goes on
-    python -m lab.table --scale gpu --list                        # what there is to do
+    python -m lab.run_experiments                               # two projectors at 16:1, with and without; hours
+    python -m lab.run_experiments --experiments avg_pool-16-sva # another one at the same scale
+    python -m lab.run_experiments --from-nano --experiments avg_pool-16-ours  # from tower and decoder of the root
+    python -m lab.run_experiments --scale gpu --minutes 9       # a piece of all of them; the same command goes on
+    python -m lab.run_experiments --scale gpu --list            # what there is to do
 
 What is done is skipped. `python -m lab.report` writes lab/RESULTS.md from the files.
 """
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from lab.answers import ROOT, processor_of, train_arm
-from lab.arms import ARMS, ROWS, UPPER, Arm
 from lab.baselines import FastV
-from lab.costs import added_cost
 from lab.evaluate import answer, attention_on_vision, draw_cases, measure
+from lab.experiments import ALL_EXPERIMENTS, EXPERIMENTS, UNCOMPRESSED, Experiment
+from lab.flops import added_cost
 from lab.tower import train_tower
+from lab.train_vlm import ROOT, processor_of, train_experiment
 from lab.training import add_options, deadline_of, describe_machine, group_of, read_config
 
 
@@ -44,12 +44,12 @@ def fastv_answer(keep: int):
     return pruned
 
 
-def jobs(scale: str, names: Collection[str] | None = None, from_nano: bool = False) -> list[tuple[Arm, int]]:
-    """The models to train, the upper bound first if they start from it; those of the scale if no others are named."""
+def jobs(scale: str, names: Collection[str] | None = None, from_nano: bool = False) -> list[tuple[Experiment, int]]:
+    """What to train, the uncompressed model first if others start from it; those of the scale if none are named."""
     seeds = read_config("compressed")["seeds"][scale]
-    arms = ARMS[scale] if names is None else [arm for arm in ROWS if arm.name in names]
-    first = [] if from_nano else [(UPPER, read_config("upper")["seed"])]
-    return first + [(arm, seed) for seed in seeds for arm in arms]
+    chosen = EXPERIMENTS[scale] if names is None else [found for found in ALL_EXPERIMENTS if found.name in names]
+    first = [] if from_nano else [(UNCOMPRESSED, read_config("uncompressed")["seed"])]
+    return first + [(experiment, seed) for seed in seeds for experiment in chosen]
 
 
 def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
@@ -61,31 +61,32 @@ def measure_all(model, processor, scale: str, **options) -> dict[str, dict]:
     return results
 
 
-def result_file(arm: Arm, seed: int, args: argparse.Namespace) -> Path:
-    return RESULTS / group_of(args) / f"{arm.name}-{seed}.json"
+def result_file(experiment: Experiment, seed: int, args: argparse.Namespace) -> Path:
+    return RESULTS / group_of(args) / f"{experiment.name}-{seed}.json"
 
 
-def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -> bool:
+def run(experiment: Experiment, seed: int, args: argparse.Namespace, deadline: float | None) -> bool:
     """Trains and measures one model, unless its result is there; False if time was up.
 
-    The upper bound is trained for its weights, too: the others start from its decoder.
+    The uncompressed model is trained for its weights, too: the others start from its decoder.
     """
-    path, folder = result_file(arm, seed, args), args.runs / group_of(args)
-    if path.is_file() and (arm != UPPER or (folder / path.stem / "model.safetensors").is_file()):
+    path, folder = result_file(experiment, seed, args), args.runs / group_of(args)
+    has_weights = (folder / path.stem / "model.safetensors").is_file()
+    if path.is_file() and (experiment != UNCOMPRESSED or has_weights):
         return True
-    trained = train_arm(arm, args.scale, seed, folder, deadline, args.from_nano)
+    trained = train_experiment(experiment, args.scale, seed, folder, deadline, args.from_nano)
     if trained is None or (deadline is not None and time.monotonic() > deadline):
         return False
     start = time.monotonic()
-    (model, log), processor = trained, processor_of(arm)
+    (model, log), processor = trained, processor_of(experiment)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    common = {"projector": arm.projector, "seed": seed, **added_cost(model)}
+    common = {"projector": experiment.projector, "seed": seed, **added_cost(model)}
     if args.from_nano:
         common["start_sha256"] = hashlib.sha256((ROOT / "model.safetensors").read_bytes()).hexdigest()
     looked_at = list(draw_cases(TEST_SEED, 20, True, ("ocr", "table", "chart")))
     result = {
-        "arm": arm.name,
-        "module": arm.module,
+        "experiment": experiment.name,
+        "module": experiment.module,
         **common,
         "right": measure_all(model, processor, args.scale),
         "attention": attention_on_vision(model, processor, looked_at),
@@ -94,28 +95,28 @@ def run(arm: Arm, seed: int, args: argparse.Namespace, deadline: float | None) -
         "test_seconds": round(time.monotonic() - start),
         **describe_machine(),
     }
-    if arm == UPPER:
+    if experiment == UNCOMPRESSED:
         for keep in FASTV_TOKENS:
             right = measure_all(model, processor, args.scale, answer=fastv_answer(keep))
-            pruned = {"arm": f"fastv-{keep}", "module": "fastv", **common, "tokens": keep, "right": right}
+            pruned = {"experiment": f"fastv-{keep}", "module": "fastv", **common, "tokens": keep, "right": right}
             path.with_name(f"fastv-{keep}-{seed}.json").write_text(json.dumps({**pruned, **describe_machine()}) + "\n")
     path.write_text(json.dumps(result) + "\n")
     return True
 
 
 def main() -> None:
-    """Go on with the table."""
+    """Go on with the experiments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    names = [arm.name for arm in ROWS]
-    parser.add_argument("--arms", nargs="+", choices=names, metavar="NAME", help="these rows: " + ", ".join(names))
+    names = [experiment.name for experiment in ALL_EXPERIMENTS]
+    parser.add_argument("--experiments", nargs="+", choices=names, metavar="NAME", help="of " + ", ".join(names))
     parser.add_argument("--list", action="store_true", help="only say what is done and what is missing")
     args = parser.parse_args()
-    todo = jobs(args.scale, args.arms, args.from_nano)
+    todo = jobs(args.scale, args.experiments, args.from_nano)
     missing = [job for job in todo if not result_file(*job, args).is_file()]
     if args.list:
-        for arm, seed in todo:
-            print("missing" if (arm, seed) in missing else "done   ", arm.name, seed)
+        for job in todo:
+            print("missing" if job in missing else "done   ", job[0].name, job[1])
         return
     if not missing:
         print("every result is there")
@@ -127,9 +128,9 @@ def main() -> None:
         if not train_tower(args.scale, tower, deadline):
             return
         shutil.copy(tower / "log.json", results / "tower.json")
-    for arm, seed in todo:
-        print(f"{arm.name}, seed {seed}", flush=True)
-        if not run(arm, seed, args, deadline):
+    for experiment, seed in todo:
+        print(f"{experiment.name}, seed {seed}", flush=True)
+        if not run(experiment, seed, args, deadline):
             print("time is up: the same command goes on")
             return
 

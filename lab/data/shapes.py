@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import Canvas, Picture, Turn, phrase
-from lab.labels import CANVAS, COLOURS, SHAPES
+from lab.data.dense_labels import CANVAS, COLOURS, SHAPES
+from lab.data.drawing import Canvas, Picture, Turn, phrase
 
 
 COUNT = ("How many shapes are there?", "How many shapes do you see?", "Count the shapes.")
 COLOUR = ("What colour is the {shape}?", "Which colour has the {shape}?")
-KINDS = ("count", "colour")
+QUESTION_TYPES = ("count", "colour")
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     return canvas.finish(shapes)
 
 
-def ask(rng: np.random.Generator, shapes: list[Shape], kind: str) -> Turn:
-    """A question of one kind about the shapes, with its answer."""
-    if kind == "count":
-        return Turn(kind, phrase(rng, COUNT), str(len(shapes)))
+def ask(rng: np.random.Generator, shapes: list[Shape], question_type: str) -> Turn:
+    """A question of one type about the shapes, with its answer."""
+    if question_type == "count":
+        return Turn(question_type, phrase(rng, COUNT), str(len(shapes)))
     shape = shapes[rng.integers(len(shapes))]
-    return Turn(kind, phrase(rng, COLOUR, shape=shape.name), shape.colour)
+    return Turn(question_type, phrase(rng, COLOUR, shape=shape.name), shape.colour)

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from lab.drawing import Canvas, Picture, Turn, phrase
-from lab.labels import CANVAS
+from lab.data.dense_labels import CANVAS
+from lab.data.drawing import Canvas, Picture, Turn, phrase
 
 
 MAX_LINES = 3
 UNLIKE = "abcdefghjkmnpqrstuvwxyz23456789"  # no two look the same in some font, as l and 1, or o and 0, do
 TRANSCRIBE = ("Read the text.", "What is written here?", "Read all lines.")
 LINE = ("Read line {number}.", "What is in line {number}?")
-KINDS = ("transcribe", "line")
+QUESTION_TYPES = ("transcribe", "line")
 
 
 def draw_text(rng: np.random.Generator) -> str:
@@ -37,9 +37,9 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     return canvas.finish(lines, angle=rng.uniform(-4, 4) if rng.random() < 0.6 else 0)
 
 
-def ask(rng: np.random.Generator, lines: list[str], kind: str) -> Turn:
-    """A question of one kind about the lines, with its answer."""
-    if kind == "transcribe":
-        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(lines))
+def ask(rng: np.random.Generator, lines: list[str], question_type: str) -> Turn:
+    """A question of one type about the lines, with its answer."""
+    if question_type == "transcribe":
+        return Turn(question_type, phrase(rng, TRANSCRIBE), "\n".join(lines))
     number = int(rng.integers(len(lines)))
-    return Turn(kind, phrase(rng, LINE, number=number + 1), lines[number])
+    return Turn(question_type, phrase(rng, LINE, number=number + 1), lines[number])

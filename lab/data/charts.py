@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.drawing import Canvas, Picture, Turn, ask_selection, phrase
-from lab.labels import CANVAS, COLOURS, KEYS, MAX_VALUE
+from lab.data.dense_labels import CANVAS, COLOURS, KEYS, MAX_VALUE
+from lab.data.drawing import Canvas, Picture, Turn, ask_selection, phrase
 
 
 TRANSCRIBE = ("List all values.", "Read the chart.", "What are the values in the chart?")
@@ -14,7 +14,7 @@ VALUE = ("What is the value of {name}?", "How high is {name}?")
 HIGHEST = ("Which is highest?", "Which one has the highest value?")
 ABOVE = ("How many are above {value}?", "How many values are higher than {value}?")
 COMPARE = ("Which is higher, {first} or {second}?", "Which has the higher value, {first} or {second}?")
-KINDS = ("transcribe", "value", "highest", "above", "compare")
+QUESTION_TYPES = ("transcribe", "value", "highest", "above", "compare")
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,20 @@ def draw(rng: np.random.Generator, held_out: bool = False) -> Picture:
     return canvas.finish(chart)
 
 
-def ask(rng: np.random.Generator, chart: Chart, kind: str) -> Turn:
-    """A question of one kind about the chart, with its answer."""
+def ask(rng: np.random.Generator, chart: Chart, question_type: str) -> Turn:
+    """A question of one type about the chart, with its answer."""
     first, second = (int(i) for i in rng.choice(len(chart.names), 2, replace=False))
     lines = {name: f"{name} {value}" for name, value in zip(chart.names, chart.values)}
-    if kind == "transcribe":
-        return Turn(kind, phrase(rng, TRANSCRIBE), "\n".join(lines.values()))
-    if kind == "select":
+    if question_type == "transcribe":
+        return Turn(question_type, phrase(rng, TRANSCRIBE), "\n".join(lines.values()))
+    if question_type == "select":
         return ask_selection(rng, SELECT, lines, least=2)
-    if kind == "value":
-        return Turn(kind, phrase(rng, VALUE, name=chart.names[first]), str(chart.values[first]))
-    if kind == "highest":
-        return Turn(kind, phrase(rng, HIGHEST), chart.names[chart.values.index(max(chart.values))])
-    if kind == "above":
+    if question_type == "value":
+        return Turn(question_type, phrase(rng, VALUE, name=chart.names[first]), str(chart.values[first]))
+    if question_type == "highest":
+        return Turn(question_type, phrase(rng, HIGHEST), chart.names[chart.values.index(max(chart.values))])
+    if question_type == "above":
         value = int(rng.integers(1, MAX_VALUE))
-        return Turn(kind, phrase(rng, ABOVE, value=value), str(sum(v > value for v in chart.values)))
+        return Turn(question_type, phrase(rng, ABOVE, value=value), str(sum(v > value for v in chart.values)))
     question = phrase(rng, COMPARE, first=chart.names[first], second=chart.names[second])
-    return Turn(kind, question, chart.names[first if chart.values[first] > chart.values[second] else second])
+    return Turn(question_type, question, chart.names[first if chart.values[first] > chart.values[second] else second])
