@@ -5,10 +5,13 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils.versions import require_version
 
 from .layout_llava_vr import LAYOUTS, ImageLayout, make_layout, window_size
 from .projectors_llava_vr import PROJECTORS
 
+
+require_version("transformers>=5.18", "LLaVA-VR needs transformers 5.18 or newer: pip install -U transformers")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_vr.LlavaVrConfig",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-OLDEST = "5.6.0"
+OLDEST = "5.18.0"
 
 
 def run(*arguments, **env) -> subprocess.CompletedProcess:
