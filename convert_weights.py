@@ -42,7 +42,7 @@ from llava_vr.conversion.companions import (
     write_companions,
 )
 from llava_vr.conversion.mapping import parse_maps
-from llava_vr.conversion.output import check_output, replace_folder
+from llava_vr.conversion.output import check_apart, check_output, replace_folder
 from llava_vr.conversion.plan import Plan, check_config, make_plan
 from llava_vr.conversion.readers import ConversionError, reading
 from llava_vr.conversion.sources import Options, Source, recognise
@@ -127,14 +127,16 @@ def convert(
         verify: load the result, run a fixed input, compare with transformers' own class where one exists.
         push_to_hub: repository to upload the result to.
         private: whether that repository is made private.
-        overwrite: whether an existing `output` may be replaced.
+        overwrite: whether an `output` that a conversion wrote may be replaced.
         allow_nonfinite: whether NaN and infinite weights are kept.
         progress: whether to show a bar; None for where a person looks on.
 
     Raises:
         ConversionError: what is wrong, in one line; nothing was changed.
     """
-    start, output = time.perf_counter(), Path(output).expanduser()
+    start = time.perf_counter()
+    with reading(f"OUTPUT {output}"):
+        output = Path(output).expanduser().resolve()
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ConversionError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}.")
     options = Options(
@@ -149,8 +151,8 @@ def convert(
         check_output(output, overwrite)
     with reading(f"SOURCE {source}: config.json"):
         recognised = recognise(str(source), options)
-    if output.exists() and output.samefile(recognised.folder):
-        raise ConversionError(f"OUTPUT {output}: is SOURCE.")
+    if not dry_run:
+        check_apart(output, recognised.folders)
     recognised.conversation = conversation or recognised.conversation
     with reading(f"SOURCE {source}"):
         tokenizer = load_tokenizer(recognised)
@@ -222,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="load the result, run a fixed input, compare with transformers' class")
     add("--push-to-hub", metavar="ID", help="upload the result to this repository")
     add("--public", action="store_false", dest="private", help="make that repository public (default: private)")
-    add("--overwrite", action="store_true", help="replace an existing OUTPUT")
+    add("--overwrite", action="store_true", help="replace an OUTPUT that a conversion wrote")
     add("--allow-nonfinite", action="store_true", help="keep NaN and infinite weights")
     add("--traceback", action="store_true", help="raise an error as it is, instead of one line")
     return parser

@@ -104,6 +104,12 @@ class Source:
     def text_config(self) -> PreTrainedConfig:
         return self.config["text_config"]
 
+    @property
+    def folders(self) -> set[Path]:
+        """All folders that are read."""
+        files = {handle.file.path.parent for part in self.parts for handle in part.handles}
+        return {self.folder, *self.tokenizer_folders, *self.image_folders, *files}
+
 
 def locate(name: str, option: str, weights: bool = True) -> Path:
     """A folder on disk, or a repository of the Hub, from its cache where it is there."""
