@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from PIL import Image
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import llava_vr
 from llava_vr import LlavaVrConfig, LlavaVrProcessor
 
 from .plan import Plan
-from .readers import ConversionError, read_json
+from .readers import ConversionError, read_json, reading
 from .sources import Source, read_image_processor
 from .templates import END_OF_TURN, STYLES, choose_style
 
@@ -74,6 +75,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int | None) -> tuple[str, int]:
     """The placeholder and its id: the source's, or one that is added at the end of the vocabulary."""
+    if image_token_id is not None and (type(image_token_id) is not int or image_token_id < 0):
+        raise ConversionError(f"image_token_id must be a token's id, found {image_token_id!r}.")
     if image_token_id is not None and image_token_id < len(tokenizer):
         return tokenizer.convert_ids_to_tokens(image_token_id), image_token_id
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -119,14 +122,17 @@ def make_image_processor(config: LlavaVrConfig, saved: dict[str, Any]):
     if siglip:
         options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     options |= {field: saved[field] for field in PIXEL_FIELDS if saved.get(field) is not None}
-    return getattr(transformers, f"{name}ImageProcessorPil")(**options)
+    processor = getattr(transformers, f"{name}ImageProcessorPil")(**options)
+    processor(Image.new("RGB", (2 * tile, tile)))  # fails on values that it cannot compute with
+    return processor
 
 
 def chat_template(source: Source, tokenizer: PreTrainedTokenizerBase, image_token: str, hint: str) -> tuple[str, str]:
     """The template and the style's name; a template of the source's own stays if it knows images."""
     if source.conversation is None:
         own = source.folder / "chat_template.jinja"
-        text = own.read_text(encoding="utf-8") if own.is_file() else None
+        with reading(f"{own}: no text"):
+            text = own.read_text(encoding="utf-8") if own.is_file() else None
         for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
             text = text or read_json(source.folder / name).get("chat_template")
         if isinstance(text, str) and "image" in text:
@@ -159,7 +165,9 @@ def make_processor(
     )
 
 
-def generation_config(source: Source, tokenizer: PreTrainedTokenizerBase, image_token_id: int, style: str) -> dict:
+def generation_config(
+    source: Source, tokenizer: PreTrainedTokenizerBase, image_token_id: int, style: str
+) -> GenerationConfig:
     """The source's generation defaults, valid, with the ends that its conversation style has and no placeholders."""
     folders = [source.folder, *source.tokenizer_folders]
     values = next((found for folder in folders if (found := read_json(folder / "generation_config.json"))), {})
@@ -176,11 +184,13 @@ def generation_config(source: Source, tokenizer: PreTrainedTokenizerBase, image_
         if values.get(name) is None:
             values[name] = getattr(tokenizer, name)
     values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), image_token_id})
-    return values
+    generation = GenerationConfig(**values)
+    generation.validate(strict=True)
+    return generation
 
 
 def write_companions(
-    folder: Path, source: Source, plan: Plan, processor: LlavaVrProcessor, generation: dict[str, Any], style: str
+    folder: Path, source: Source, plan: Plan, processor: LlavaVrProcessor, generation: GenerationConfig, style: str
 ):
     """Writes all files of the result but the weights and their index."""
     plan.config.architectures = ["LlavaVrForConditionalGeneration"]
@@ -197,7 +207,7 @@ def write_companions(
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     if tokenizer_config.pop("auto_map", None):
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
-    GenerationConfig(**generation).save_pretrained(folder)
+    generation.save_pretrained(folder)
     for name in CODE:
         shutil.copyfile(Path(llava_vr.__file__).parent / name, folder / name)
     (folder / "README.md").write_text(_card(source, plan, style), encoding="utf-8")

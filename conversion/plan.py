@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
 from llava_vr.modeling_llava_vr import PROJECTORS, VisionRemember
@@ -17,6 +19,7 @@ from .sources import Source
 
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMED = 5  # at most so many tensors are named in an error
 
@@ -74,13 +77,48 @@ class Plan:
         return "\n".join([text, *(f"  dropped {count}: {reason}" for reason, count in reasons.items())])
 
 
-def vocabulary_rows(source: Source, maps: list) -> int:
-    """Rows of the source's embeddings."""
+def check_config(source: Source, maps: list) -> int:
+    """Compares the configuration with the tensors, before anything of its sizes is built.
+
+    Returns:
+        Rows of the source's embeddings.
+
+    Raises:
+        ConversionError: it has more layers or patches than the tensors, or a choice that transformers does not know, or
+            there are no embeddings.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
     for part in source.parts:
         for name, handle in part.names(maps):
-            if mapping.target_of(name, part.rules) == EMBEDDINGS:
-                return handle.shape[0]
-    raise ConversionError(f"{source.folder}: no embeddings of the language model: embed_tokens.weight is missing.")
+            shapes.setdefault(str(mapping.target_of(name, part.rules)), handle.shape)
+    for name in (EMBEDDINGS, POSITIONS):
+        if len(shapes.get(name, ())) != 2:
+            raise ConversionError(f"{source.folder}: {name} is missing, or is not a matrix.")
+    vision, text = source.config["vision_config"], source.config["text_config"]
+    options = source.config.get("projector_kwargs") or {}
+    for name, layers, prefix in (
+        ("text_config.num_hidden_layers", text.num_hidden_layers, "model.language_model.layers."),
+        ("vision_config.num_hidden_layers", vision.num_hidden_layers, "model.vision_tower.encoder.layers."),
+        ("projector_kwargs.depth", options.get("depth") or 0, "model.multi_modal_projector."),
+        ("projector_kwargs.mlp_depth", options.get("mlp_depth") or 0, "model.multi_modal_projector."),
+    ):
+        if layers > (held := sum(key.startswith(prefix) for key in shapes)):
+            raise ConversionError(f"{source.folder}: {name} is {layers}, but only {held} tensors are {prefix}*.")
+    patches, (rows, width) = (vision.image_size // vision.patch_size) ** 2, shapes[POSITIONS]
+    if patches > rows or width != vision.hidden_size:
+        raise ConversionError(
+            f"{source.folder}: image_size {vision.image_size} and patch_size {vision.patch_size} of the vision tower "
+            f"make {patches} patches of width {vision.hidden_size}, but {POSITIONS} has shape {[rows, width]}."
+        )
+    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    for name, choice, choices in (
+        ("text_config.hidden_act", text.hidden_act, ACT2FN),
+        ("vision_config.hidden_act", vision.hidden_act, ACT2FN),
+        ("text_config.rope_parameters.rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS}),
+    ):
+        if choice not in choices:
+            raise ConversionError(f"{source.folder}: {name} {choice!r} is unknown to transformers.")
+    return shapes[EMBEDDINGS][0]
 
 
 def make_plan(source: Source, config: LlavaVrConfig, maps: list, dtype: torch.dtype | None = None) -> Plan:
@@ -195,27 +233,24 @@ class Maker:
         self.plan, self.allow_nonfinite = plan, allow_nonfinite
         self._module: tuple[str, dict[str, torch.Tensor]] = ("", {})  # the new module that was made last
 
-    def pieces(self, step: Step) -> Iterator[torch.Tensor]:
-        """The tensor of a step, flat and in pieces; each is good until the next is asked for.
+    @torch.no_grad()
+    def make(self, step: Step) -> torch.Tensor:
+        """The tensor of a step, contiguous.
 
         Raises:
             ConversionError: it holds NaN or infinite values.
         """
         if step.handle is None:
-            yield self._new(step).to(step.dtype).flatten()
-        elif step.change or step.low_rank:
-            yield self._check(self._changed(step).to(step.dtype), step.handle, "becomes, changed,").flatten()
-        else:
-            for piece in step.handle.pieces():
-                self._check(piece, step.handle, "has")
-                if piece.dtype != step.dtype:
-                    verb = f"does not fit into {str(step.dtype).removeprefix('torch.')}: it has"
-                    piece = self._check(piece.to(step.dtype), step.handle, verb)
-                yield piece
-
-    @torch.no_grad()
-    def _changed(self, step: Step) -> torch.Tensor:
+            return self._new(step).to(step.dtype)
         tensor = self._check(step.handle.load(), step.handle, "has")
+        if step.change or step.low_rank:
+            tensor = self._check(self._changed(tensor, step), step.handle, "becomes, changed,")
+        if tensor.dtype != step.dtype:
+            verb = f"does not fit into {str(step.dtype).removeprefix('torch.')}: it has"
+            tensor = self._check(tensor.to(step.dtype), step.handle, verb)
+        return tensor
+
+    def _changed(self, tensor: torch.Tensor, step: Step) -> torch.Tensor:
         if step.low_rank:
             a, b = (self._check(handle.load(), handle, "has").float() for handle in step.low_rank)
             tensor = torch.addmm(tensor.float(), b, a, alpha=self.plan.scale)

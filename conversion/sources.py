@@ -17,12 +17,13 @@ from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS, LlavaVrConfig
 
 from . import mapping
 from .mapping import Rules
-from .readers import ConversionError, Handle, has_weights, open_file, read_json, read_weights
+from .readers import ConversionError, Handle, has_weights, open_file, read_config, read_json, read_weights, reading
 
 
 WRAPPER = r"(?:base_model\.)?(?:model\.(?=(?:model|lm_head)\.))?"  # of adapters and of what was trained beside them
 TRANSFORMERS_TYPES = ("llava", "llava_next", "llava_onevision")
 DECODERS = ((r"qwen(?!3|.*moe)", "qwen2"), (r"mistral", "mistral"), (r"llama|mobilevlm|^llava$", "llama"))
+MAX_TILINGS = 10_000
 # Towers that checkpoints of LLaVA name, for a source that has the tower's weights but not its configuration
 CLIP_L = {
     "model_type": "clip_vision_model",
@@ -103,6 +104,12 @@ class Source:
     def text_config(self) -> PreTrainedConfig:
         return self.config["text_config"]
 
+    @property
+    def folders(self) -> set[Path]:
+        """All folders that are read."""
+        files = {handle.file.path.parent for part in self.parts for handle in part.handles}
+        return {self.folder, *self.tokenizer_folders, *self.image_folders, *files}
+
 
 def locate(name: str, option: str, weights: bool = True) -> Path:
     """A folder on disk, or a repository of the Hub, from its cache where it is there."""
@@ -128,7 +135,7 @@ def recognise(name: str, options: Options) -> Source:
     folder = locate(name, "SOURCE")
     if not folder.is_dir():
         raise ConversionError(f"SOURCE {folder}: a folder is needed, with config.json beside the weights.")
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     model_type = config.get("model_type", "")
     if (folder / "adapter_config.json").is_file():
         source = _lora(folder, config, options)
@@ -273,8 +280,8 @@ def _tower(folder: Path, config: dict[str, Any], options: Options, weights: bool
     name, option = options.vision_tower, "--vision-tower"
     if name is None:
         name, option = config.get("mm_vision_tower") or config.get("vision_tower"), "mm_vision_tower"
-        if not name:
-            raise ConversionError(f"{folder}: names no vision tower: pass --vision-tower.")
+        if not name or not isinstance(name, str):
+            raise ConversionError(f"{folder}: mm_vision_tower {name!r} names no vision tower: pass --vision-tower.")
         if (folder / name).is_dir():
             name = os.fspath(folder / name)
     try:
@@ -286,7 +293,8 @@ def _tower(folder: Path, config: dict[str, Any], options: Options, weights: bool
         raise ConversionError(f"{error} Pass --vision-tower with its folder.") from None
     if not (place / "config.json").is_file():
         raise ConversionError(f"{option} {place}: no config.json.")
-    return _Tower(_vision_config(read_json(place / "config.json")), place)
+    with reading(f"{option} {place}: config.json"):
+        return _Tower(_vision_config(read_config(place)), place)
 
 
 def parse_pinpoints(value: Any, tile: int) -> list[list[int]]:
@@ -300,6 +308,8 @@ def parse_pinpoints(value: Any, tile: int) -> list[list[int]]:
     if isinstance(value, str) and (found := re.findall(r"\((\d+)x(\d+)\)", value)):
         (first_width, first_height), (last_width, last_height) = ((int(w), int(h)) for w, h in (found[0], found[-1]))
         widths, heights = range(first_width, last_width + 1), range(first_height, last_height + 1)
+        if len(widths) * len(heights) > MAX_TILINGS:
+            raise ConversionError(f"image_grid_pinpoints {value!r} are more than {MAX_TILINGS} tilings.")
         pairs = [(width * tile, height * tile) for width in widths for height in heights]
     elif isinstance(value, str):
         try:
@@ -326,7 +336,7 @@ def _images(config: dict[str, Any], tile: int) -> dict[str, Any]:
     if ratio == "slice":  # TokenPacker's HD mode
         tilings = slice_tilings(config.get("patch_num") or 9, tile)
         return {"image_aspect_ratio": "anyres", "image_merge_type": "slices", "image_grid_pinpoints": tilings}
-    if not re.fullmatch(r"square|pad|anyres(_max_\d+)?", ratio):
+    if not re.fullmatch(r"square|pad|anyres(_max_\d+)?", str(ratio)):
         raise ConversionError(f"image_aspect_ratio {ratio!r}: only square, pad, anyres, anyres_max_N, slice are read.")
     if merge not in ("flat", "spatial", "spatial_unpad"):
         raise ConversionError(f"mm_patch_merge_type {merge!r}: only flat, spatial and spatial_unpad are read.")
@@ -497,7 +507,7 @@ def _base(option: str | None, artefact: str) -> tuple[Path, dict[str, Any], Part
     if option is None:
         raise ConversionError(f"SOURCE is {artefact}: pass the language model that it was trained on as --base-model.")
     folder = locate(option, "--base-model")
-    return folder, read_json(folder / "config.json"), Part(list(read_weights(folder).values()), ())
+    return folder, read_config(folder), Part(list(read_weights(folder).values()), ())
 
 
 def _stage_1(folder: Path, config: dict[str, Any], options: Options) -> Source:
@@ -559,5 +569,7 @@ def _parts(folder: Path, config: dict[str, Any], options: Options) -> Source:
 
 def read_image_processor(folder: Path) -> dict[str, Any]:
     """The saved image processor of a folder, whichever file it is in; empty where there is none."""
-    inner = read_json(folder / "processor_config.json").get("image_processor")
+    inner = read_json(folder / "processor_config.json").get("image_processor") or {}
+    if not isinstance(inner, dict):
+        raise ConversionError(f"{folder / 'processor_config.json'}: image_processor {inner!r} is not an object.")
     return inner or read_json(folder / "preprocessor_config.json")
