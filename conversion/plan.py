@@ -110,13 +110,13 @@ def check_config(source: Source, maps: list) -> int:
             f"{source.folder}: image_size {vision.image_size} and patch_size {vision.patch_size} of the vision tower "
             f"make {patches} patches of width {vision.hidden_size}, but {POSITIONS} has shape {[rows, width]}."
         )
-    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
     for name, choice, choices in (
-        ("text_config.hidden_act", text.hidden_act, ACT2FN),
-        ("vision_config.hidden_act", vision.hidden_act, ACT2FN),
+        ("text_config.hidden_act", getattr(text, "hidden_act", None), ACT2FN),
+        ("vision_config.hidden_act", getattr(vision, "hidden_act", None), ACT2FN),
         ("text_config.rope_parameters.rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS}),
     ):
-        if choice not in choices:
+        if choice is not None and choice not in choices:
             raise ConversionError(f"{source.folder}: {name} {choice!r} is unknown to transformers.")
     return shapes[EMBEDDINGS][0]
 
