@@ -57,8 +57,10 @@ EXAMPLES = """examples:
     python convert_weights.py llava-v1.6-mistral-7b out
   the same, with new Vision Remember modules to train:
     python convert_weights.py llava-v1.6-mistral-7b out --remember-layers 0 8 16 24
-  a stage-1 projector or a LoRA adapter:
+  a stage-1 projector, or a LoRA adapter of LLaVA's research code:
     python convert_weights.py llava-lora out --base-model vicuna-7b-v1.5 --vision-tower clip-vit-large-patch14-336
+  a LoRA adapter of a model of this kind, which the adapter names:
+    python convert_weights.py adapter out
   a new model from a language model and a vision tower:
     python convert_weights.py Qwen2-1.5B out --vision-tower siglip-so400m-patch14-384 --projector avg_pool \\
       --remember-layers 0 7 14 21
@@ -114,7 +116,7 @@ def convert(
         source: a folder, or a repository of the Hub; what it is is told by its content.
         output: the folder to write; it appears at the end, complete, or not at all.
         vision_tower: folder of the vision tower, for a source without its weights or its configuration.
-        base_model: folder of the language model, for an artefact, or for a source without a tokenizer.
+        base_model: folder of the model that an artefact was trained on, or of a tokenizer for a source without one.
         remember_layers: decoder layers after which Vision Remember modules stand; those that the source lacks are new.
             None for the source's.
         remember_feature_layers: the tower's hidden states that are the memory; None for the source's or the default.
@@ -124,7 +126,7 @@ def convert(
         max_shard_size: bytes, or a text such as "5GB".
         maps: "REGEX=REPLACEMENT" texts for the names of the source's tensors, applied in turn.
         dry_run: only plan.
-        verify: load the result, run a fixed input, compare with transformers' own class where one exists.
+        verify: load the result, run fixed inputs, compare with what transformers makes of the source's files.
         push_to_hub: repository to upload the result to.
         private: whether that repository is made private.
         overwrite: whether an `output` that a conversion wrote may be replaced.
@@ -164,7 +166,7 @@ def convert(
         with reading(f"SOURCE {source}: image processor"):
             processor = make_processor(recognised, config, tokenizer, image_token, template)
         with reading(f"SOURCE {source}: generation_config.json"):
-            generation = generation_config(recognised, tokenizer, image_token_id, style)
+            generation = generation_config(recognised, tokenizer, image_token_id)
         plan = make_plan(recognised, config, options.maps, DTYPES.get(dtype, dtype) if dtype else None)
     if dry_run:
         return Result(plan, recognised, None, time.perf_counter() - start)
@@ -210,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="SOURCE", help="folder or Hub repository of the checkpoint")
     add("output", metavar="OUTPUT", help="folder to write")
     add("--vision-tower", metavar="DIR", help="vision tower, where the source lacks its weights or configuration")
-    add("--base-model", metavar="DIR", help="language model of an artefact, or tokenizer of a source without one")
+    add("--base-model", metavar="DIR", help="model that an artefact was trained on, or a tokenizer that SOURCE lacks")
     add("--remember-layers", metavar="LAYER", type=int, nargs="*", help="modules after these decoder layers; new ones "
         "change nothing until trained; no value for none")  # fmt: skip
     add("--remember-feature-layers", metavar="STATE", type=int, nargs="+", help="hidden states that are the memory")
@@ -221,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--map", metavar="REGEX=REPLACEMENT", action="append", default=[], dest="maps", help="renames tensors of the "
         "source before they are matched; repeatable")  # fmt: skip
     add("--dry-run", action="store_true", help="print what would become of each tensor, write nothing")
-    add("--verify", action="store_true", help="load the result, run a fixed input, compare with transformers' class")
+    add("--verify", action="store_true", help="load the result, compare it with the source in transformers' classes")
     add("--push-to-hub", metavar="ID", help="upload the result to this repository")
     add("--public", action="store_false", dest="private", help="make that repository public (default: private)")
     add("--overwrite", action="store_true", help="replace an OUTPUT that a conversion wrote")
