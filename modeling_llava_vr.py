@@ -467,8 +467,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             inputs_embeds = inputs_embeds.flatten(0, 1).index_copy(0, index, tokens).view_as(inputs_embeds)
             if len(self.vision_remember):
                 rows = torch.cat(list(images.deepstack_features[0])).to(inputs_embeds.device, inputs_embeds.dtype)
-                entry_size = sum(module.entry_size for module in self.vision_remember.values()) + 1
-                memory = rows.unflatten(1, (-1, entry_size))
+                memory = rows.unflatten(1, (-1, sum(m.entry_size for m in self.vision_remember.values()) + 1))
                 if memory.shape[1] or self._always_runs_vision():
                     verify = not (self._hooks_verified or torch.compiler.is_compiling())
                     trace = RememberTrace() if output_remember_attentions or verify else None
