@@ -355,7 +355,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
     def _separators(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What the layout puts between tokens, with a memory row that has no entry present: `(1 or 2, width)`."""
         if self.config.image_separator_ids is not None:
-            ids = torch.tensor(self.config.image_separator_ids, device=self.get_input_embeddings().weight.device)
+            ids = torch.tensor(self.config.image_separator_ids, device=tokens.device)
             separators = self.get_input_embeddings()(ids)
         elif self.image_newline is not None:
             separators = self.image_newline[None]
