@@ -1,6 +1,6 @@
 """What a tower names right, on test pictures in fonts it was trained on and in families held out.
 
-python -m lab.evaluate_tower --json lab/results/tower.json
+    python -m lab.evaluate_tower --json lab/results/tower.json
 """
 
 import argparse
@@ -77,7 +77,7 @@ def evaluate(model: ReadingTower, split: str, count: int, seed: int = TEST_SEED)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, default=STATE, help=f"the tower's training state (default {STATE})")
     parser.add_argument("--n", type=int, default=400, help="pictures of each split (default 400)")
     parser.add_argument("--json", type=Path, help="file to write as well")

@@ -230,7 +230,7 @@ def train(run: Run, workers: int, minutes: float | None, log_steps: int = 100, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, default=STATE, help=f"file to go on from and to save (default {STATE})")
     parser.add_argument("--minutes", type=float, help="save and stop after this long")
     parser.add_argument(
