@@ -6,14 +6,20 @@
 """
 
 import argparse
+import contextlib
 import importlib.util
+import signal
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 
+if __name__ == "__main__":  # while libraries are imported, Ctrl-C ends the process without a traceback
+    _interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 if importlib.util.find_spec("llava_vr") is None:  # not installed: this folder is the package
     _root = Path(__file__).resolve().parent
     _spec = importlib.util.spec_from_file_location("llava_vr", _root / "__init__.py")
@@ -21,8 +27,9 @@ if importlib.util.find_spec("llava_vr") is None:  # not installed: this folder i
     _spec.loader.exec_module(_package)
 
 import torch
+import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError
 
 from llava_vr import LlavaVrConfig
 from llava_vr.conversion.companions import (
@@ -35,12 +42,13 @@ from llava_vr.conversion.companions import (
     write_companions,
 )
 from llava_vr.conversion.mapping import parse_maps
-from llava_vr.conversion.plan import Plan, make_plan, vocabulary_rows
-from llava_vr.conversion.readers import ConversionError
+from llava_vr.conversion.output import check_apart, check_output, replace_folder
+from llava_vr.conversion.plan import Plan, check_config, make_plan
+from llava_vr.conversion.readers import ConversionError, reading
 from llava_vr.conversion.sources import Options, Source, recognise
 from llava_vr.conversion.templates import STYLES
 from llava_vr.conversion.verify import verify as verify_folder
-from llava_vr.conversion.writer import check_output, parse_size, replace_folder, write_weights
+from llava_vr.conversion.writer import write_weights
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -49,8 +57,10 @@ EXAMPLES = """examples:
     python convert_weights.py llava-v1.6-mistral-7b out
   the same, with new Vision Remember modules to train:
     python convert_weights.py llava-v1.6-mistral-7b out --remember-layers 0 8 16 24
-  a stage-1 projector or a LoRA adapter:
+  a stage-1 projector, or a LoRA adapter of LLaVA's research code:
     python convert_weights.py llava-lora out --base-model vicuna-7b-v1.5 --vision-tower clip-vit-large-patch14-336
+  a LoRA adapter of a model of this kind, which the adapter names:
+    python convert_weights.py adapter out
   a new model from a language model and a vision tower:
     python convert_weights.py Qwen2-1.5B out --vision-tower siglip-so400m-patch14-384 --projector avg_pool \\
       --remember-layers 0 7 14 21
@@ -106,7 +116,7 @@ def convert(
         source: a folder, or a repository of the Hub; what it is is told by its content.
         output: the folder to write; it appears at the end, complete, or not at all.
         vision_tower: folder of the vision tower, for a source without its weights or its configuration.
-        base_model: folder of the language model, for an artefact, or for a source without a tokenizer.
+        base_model: folder of the model that an artefact was trained on, or of a tokenizer for a source without one.
         remember_layers: decoder layers after which Vision Remember modules stand; those that the source lacks are new.
             None for the source's.
         remember_feature_layers: the tower's hidden states that are the memory; None for the source's or the default.
@@ -116,20 +126,21 @@ def convert(
         max_shard_size: bytes, or a text such as "5GB".
         maps: "REGEX=REPLACEMENT" texts for the names of the source's tensors, applied in turn.
         dry_run: only plan.
-        verify: load the result, run a fixed input, compare with transformers' own class where one exists.
+        verify: load the result, run fixed inputs, compare with what transformers makes of the source's files.
         push_to_hub: repository to upload the result to.
         private: whether that repository is made private.
-        overwrite: whether an existing `output` may be replaced.
+        overwrite: whether an `output` that a conversion wrote may be replaced.
         allow_nonfinite: whether NaN and infinite weights are kept.
         progress: whether to show a bar; None for where a person looks on.
 
     Raises:
         ConversionError: what is wrong, in one line; nothing was changed.
     """
-    start, output = time.perf_counter(), Path(output).expanduser()
+    start = time.perf_counter()
+    with reading(f"OUTPUT {output}"):
+        output = Path(output).expanduser().resolve()
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ConversionError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}.")
-    shard_bytes = parse_size(max_shard_size)
     options = Options(
         vision_tower=None if vision_tower is None else str(vision_tower),
         base_model=None if base_model is None else str(base_model),
@@ -140,32 +151,29 @@ def convert(
     )
     if not dry_run:
         check_output(output, overwrite)
-    try:
+    with reading(f"SOURCE {source}: config.json"):
         recognised = recognise(str(source), options)
-    except ConversionError:
-        raise
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:  # of a configuration that is none
-        detail = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ConversionError(f"SOURCE {source}: config.json: {detail}.") from error
-    if output.exists() and output.samefile(recognised.folder):
-        raise ConversionError(f"OUTPUT {output}: is SOURCE.")
+    if not dry_run:
+        check_apart(output, recognised.folders)
     recognised.conversation = conversation or recognised.conversation
-
-    tokenizer = load_tokenizer(recognised)
-    image_token, image_token_id = add_image_token(tokenizer, recognised.image_token_id)
-    if recognised.config.get("image_merge_type") == "slices" and "image_separator_ids" not in recognised.config:
-        recognised.config["image_separator_ids"] = separator_ids(tokenizer)
-    config = _configure(recognised, image_token_id, options)
-    template, style = chat_template(recognised, tokenizer, image_token, f"{source} {base_model or ''}")
-    processor = make_processor(recognised, config, tokenizer, image_token, template)
-    generation = generation_config(recognised, tokenizer, image_token_id, style)
-    plan = make_plan(recognised, config, options.maps, DTYPES.get(dtype, dtype) if dtype else None)
+    with reading(f"SOURCE {source}"):
+        tokenizer = load_tokenizer(recognised)
+        image_token, image_token_id = add_image_token(tokenizer, recognised.image_token_id)
+        if recognised.config.get("image_merge_type") == "slices" and "image_separator_ids" not in recognised.config:
+            recognised.config["image_separator_ids"] = separator_ids(tokenizer)
+        config = _configure(recognised, image_token_id, options)
+        template, style = chat_template(recognised, tokenizer, image_token, f"{source} {base_model or ''}")
+        with reading(f"SOURCE {source}: image processor"):
+            processor = make_processor(recognised, config, tokenizer, image_token, template)
+        with reading(f"SOURCE {source}: generation_config.json"):
+            generation = generation_config(recognised, tokenizer, image_token_id)
+        plan = make_plan(recognised, config, options.maps, DTYPES.get(dtype, dtype) if dtype else None)
     if dry_run:
         return Result(plan, recognised, None, time.perf_counter() - start)
 
     verified = None
     with replace_folder(output, overwrite) as folder:
-        write_weights(plan, folder, shard_bytes, allow_nonfinite, progress)
+        write_weights(plan, folder, max_shard_size, allow_nonfinite, progress)
         write_companions(folder, recognised, plan, processor, generation, style)
         if verify:
             verified = verify_folder(folder, recognised, plan)
@@ -175,14 +183,11 @@ def convert(
 
 def _configure(source: Source, image_token_id: int, options: Options) -> LlavaVrConfig:
     """The configuration, with the vocabulary of the source's embeddings, grown if the placeholder lies beyond it."""
-    rows = vocabulary_rows(source, options.maps)
+    rows = check_config(source, options.maps)
     if image_token_id >= rows:
         rows = -(-(image_token_id + 1) // 64) * 64
     source.text_config.vocab_size = rows
-    try:
-        return LlavaVrConfig(**source.config, image_token_id=image_token_id)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConversionError(f"{source.folder}: {' '.join(str(error).split())}") from None
+    return LlavaVrConfig(**source.config, image_token_id=image_token_id)
 
 
 def _push(folder: Path, repository: str, private: bool) -> str:
@@ -207,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="SOURCE", help="folder or Hub repository of the checkpoint")
     add("output", metavar="OUTPUT", help="folder to write")
     add("--vision-tower", metavar="DIR", help="vision tower, where the source lacks its weights or configuration")
-    add("--base-model", metavar="DIR", help="language model of an artefact, or tokenizer of a source without one")
+    add("--base-model", metavar="DIR", help="model that an artefact was trained on, or a tokenizer that SOURCE lacks")
     add("--remember-layers", metavar="LAYER", type=int, nargs="*", help="modules after these decoder layers; new ones "
         "change nothing until trained; no value for none")  # fmt: skip
     add("--remember-feature-layers", metavar="STATE", type=int, nargs="+", help="hidden states that are the memory")
@@ -218,27 +223,55 @@ def _parser() -> argparse.ArgumentParser:
     add("--map", metavar="REGEX=REPLACEMENT", action="append", default=[], dest="maps", help="renames tensors of the "
         "source before they are matched; repeatable")  # fmt: skip
     add("--dry-run", action="store_true", help="print what would become of each tensor, write nothing")
-    add("--verify", action="store_true", help="load the result, run a fixed input, compare with transformers' class")
+    add("--verify", action="store_true", help="load the result, compare it with the source in transformers' classes")
     add("--push-to-hub", metavar="ID", help="upload the result to this repository")
     add("--public", action="store_false", dest="private", help="make that repository public (default: private)")
-    add("--overwrite", action="store_true", help="replace an existing OUTPUT")
+    add("--overwrite", action="store_true", help="replace an OUTPUT that a conversion wrote")
     add("--allow-nonfinite", action="store_true", help="keep NaN and infinite weights")
+    add("--traceback", action="store_true", help="raise an error as it is, instead of one line")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line on stderr."""
+    """The command line: 0, or one line on stderr and 2, or 130 where it is interrupted."""
     options = vars(_parser().parse_args(arguments))
+    source, traceback = options.pop("source"), options.pop("traceback")
     try:
-        result = convert(options.pop("source"), options.pop("output"), **options)
-    except (ConversionError, OSError) as error:
-        print(f"convert_weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        with _quiet():
+            result = convert(source, options.pop("output"), **options)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if traceback:
+            raise
+        reason = str(error)
+        if not isinstance(error, (ConversionError, OSError)):
+            reason = f"SOURCE {source}: {type(error).__name__}: {reason} (--traceback shows where)"
+        return _fail(reason, 2)
     if result.output is None:
         print("\n".join(result.plan.lines()))
     print(result.summary())
     return 0
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of libraries, which would stand beside the one line of an error."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _fail(reason: str, code: int) -> int:
+    print(f"convert_weights.py: error: {textwrap.shorten(reason, 1000)}", file=sys.stderr)
+    return code
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _interrupt)
     sys.exit(main())

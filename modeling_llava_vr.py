@@ -18,7 +18,7 @@ import transformers
 from packaging import version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -541,6 +541,17 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         self._hooks_verified = True
 
 
+def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """What some decoders do after their head: Granite divides its logits, Cohere multiplies them, Gemma caps them."""
+    if scaling := getattr(text_config, "logits_scaling", None):
+        logits = logits * scaling if text_config.model_type == "hyperclovax" else logits / scaling
+    if factor := getattr(text_config, "logit_scale", None):
+        logits = logits * factor
+    if cap := getattr(text_config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
 class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -597,7 +608,7 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size

@@ -177,7 +177,10 @@ class LlavaVrProcessor(ProcessorMixin):
         if values.get("model_type") == LlavaVrConfig.model_type:
             config = LlavaVrConfig.from_dict(values)
             fields = ("image_layout", "projector_downsample", "projector_downsample_choices")
-            found, expected = ([getattr(owner, field) for field in fields] for owner in (processor, config))
+            found, expected = (
+                repr([getattr(owner, field) for field in fields])  # a reload makes the layout's class anew
+                for owner in (processor, config)
+            )
             if found != expected:
                 raise ValueError(
                     "The processor and the model's config.json must have the same image_grid_pinpoints in the same "
@@ -221,7 +224,7 @@ class LlavaVrProcessor(ProcessorMixin):
         images, counts, unit_range = self._read_images([] if images is None else images, data_format)
         if unit_range and not kwargs.get("do_rescale", options.get("do_rescale", self.image_processor.do_rescale)):
             kwargs.pop("do_rescale", None)  # they were from 0 to 1, and are to be so again
-            options |= {"do_rescale": True, "rescale_factor": 1 / 255}
+            (options or kwargs).update(do_rescale=True, rescale_factor=1 / 255)
         if options:
             kwargs["images_kwargs"] = options
         text = [text] if isinstance(text, str) else text

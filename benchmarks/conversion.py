@@ -74,7 +74,16 @@ def write_checkpoint(folder: Path, suffix: str) -> int:
 
 def run_conversion(source: Path, output: Path) -> tuple[float, int]:
     """Seconds that the conversion itself reports, and the process' peak resident bytes, imports included."""
-    command = [sys.executable, "-c", CHILD, str(source), str(output), "--max-shard-size", str(SHARD), "--overwrite"]
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        str(source),
+        str(output),
+        "--max-shard-size",
+        f"{SHARD // 10**6}MB",
+        "--overwrite",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from PIL import Image
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import llava_vr
 from llava_vr import LlavaVrConfig, LlavaVrProcessor
 
 from .plan import Plan
-from .readers import ConversionError, read_json
+from .readers import ConversionError, read_json, reading
 from .sources import Source, read_image_processor
-from .templates import END_OF_TURN, STYLES, choose_style
+from .templates import STYLES, choose_style, end_of_turn
 
 
 CODE = ("configuration_llava_vr.py", "modeling_llava_vr.py", "processing_llava_vr.py")
@@ -49,10 +50,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         ConversionError: there is none, or it cannot be read.
     """
-    folders = [source.folder, *source.tokenizer_folders]
-    folder = next((f for f in folders if any((f / name).is_file() for name in VOCABULARIES)), None)
+    folder = next((f for f in source.companion_folders if any((f / name).is_file() for name in VOCABULARIES)), None)
     if folder is None:
         raise ConversionError(f"{source.folder}: no tokenizer beside the weights: pass --base-model with one.")
+    if folder == source.folder and source.tokenizer_folders and source.base is None:
+        raise ConversionError(
+            f"--base-model {source.tokenizer_folders[0]}: SOURCE ({source.kind}) is complete, with a tokenizer of its "
+            "own: leave it out."
+        )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         raise ConversionError(
             f"{folder}: tokenizer.model needs tokenizer_config.json beside it, which names its class."
@@ -74,6 +79,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int | None) -> tuple[str, int]:
     """The placeholder and its id: the source's, or one that is added at the end of the vocabulary."""
+    if image_token_id is not None and (type(image_token_id) is not int or image_token_id < 0):
+        raise ConversionError(f"image_token_id must be a token's id, found {image_token_id!r}.")
     if image_token_id is not None and image_token_id < len(tokenizer):
         return tokenizer.convert_ids_to_tokens(image_token_id), image_token_id
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -119,18 +126,22 @@ def make_image_processor(config: LlavaVrConfig, saved: dict[str, Any]):
     if siglip:
         options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     options |= {field: saved[field] for field in PIXEL_FIELDS if saved.get(field) is not None}
-    return getattr(transformers, f"{name}ImageProcessorPil")(**options)
+    processor = getattr(transformers, f"{name}ImageProcessorPil")(**options)
+    processor(Image.new("RGB", (2 * tile, tile)))  # fails on values that it cannot compute with
+    return processor
 
 
 def chat_template(source: Source, tokenizer: PreTrainedTokenizerBase, image_token: str, hint: str) -> tuple[str, str]:
     """The template and the style's name; a template of the source's own stays if it knows images."""
     if source.conversation is None:
-        own = source.folder / "chat_template.jinja"
-        text = own.read_text(encoding="utf-8") if own.is_file() else None
-        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-            text = text or read_json(source.folder / name).get("chat_template")
-        if isinstance(text, str) and "image" in text:
-            return text, "the source's"
+        for folder in source.companion_folders:
+            own = folder / "chat_template.jinja"
+            with reading(f"{own}: no text"):
+                text = own.read_text(encoding="utf-8") if own.is_file() else None
+            for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+                text = text or read_json(folder / name).get("chat_template")
+            if isinstance(text, str) and "image" in text:
+                return text, "the source's"
     style = source.conversation or choose_style(source.text_config.model_type, hint, tokenizer)
     if style not in STYLES:
         raise ConversionError(f"--conversation {style!r}: one of {', '.join(STYLES)}.")
@@ -141,7 +152,7 @@ def make_processor(
     source: Source, config: LlavaVrConfig, tokenizer: PreTrainedTokenizerBase, image_token: str, template: str
 ) -> LlavaVrProcessor:
     """The processor of the result."""
-    folders = [source.folder, *source.image_folders]
+    folders = [*source.companion_folders, *source.image_folders]
     saved = next((found for folder in folders if (found := read_image_processor(folder))), {})
     if source.conversation == "honeybee":
         saved = {**saved, "do_center_crop": False}  # its pictures are stretched to the square
@@ -159,28 +170,36 @@ def make_processor(
     )
 
 
-def generation_config(source: Source, tokenizer: PreTrainedTokenizerBase, image_token_id: int, style: str) -> dict:
-    """The source's generation defaults, valid, with the ends that its conversation style has and no placeholders."""
-    folders = [source.folder, *source.tokenizer_folders]
-    values = next((found for folder in folders if (found := read_json(folder / "generation_config.json"))), {})
+def generation_config(source: Source, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> GenerationConfig:
+    """The source's generation defaults, valid, which end at its own ends and at those of a turn, without placeholders.
+
+    Args:
+        tokenizer: with the chat template of the result.
+    """
+    values = next(
+        (found for folder in source.companion_folders if (found := read_json(folder / "generation_config.json"))), {}
+    )
     values = {
         name: value for name, value in values.items() if name not in ("transformers_version", "_from_model_config")
     }
     if not values.get("do_sample"):
         values = {name: value for name, value in values.items() if name not in SAMPLING}
-    if values.get("eos_token_id") is None:
-        ends = [tokenizer.eos_token_id, tokenizer.get_vocab().get(END_OF_TURN.get(style))]
-        ends = [end for end in dict.fromkeys(ends) if end is not None]
-        values["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    own = values.get("eos_token_id")
+    own = tokenizer.eos_token_id if own is None else own
+    ends = [*(own if isinstance(own, list) else [own]), end_of_turn(tokenizer)]
+    ends = [end for end in dict.fromkeys(ends) if end is not None]
+    values["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     for name in ("bos_token_id", "pad_token_id"):
         if values.get(name) is None:
             values[name] = getattr(tokenizer, name)
     values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), image_token_id})
-    return values
+    generation = GenerationConfig(**values)
+    generation.validate(strict=True)
+    return generation
 
 
 def write_companions(
-    folder: Path, source: Source, plan: Plan, processor: LlavaVrProcessor, generation: dict[str, Any], style: str
+    folder: Path, source: Source, plan: Plan, processor: LlavaVrProcessor, generation: GenerationConfig, style: str
 ):
     """Writes all files of the result but the weights and their index."""
     plan.config.architectures = ["LlavaVrForConditionalGeneration"]
@@ -197,7 +216,7 @@ def write_companions(
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     if tokenizer_config.pop("auto_map", None):
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
-    GenerationConfig(**generation).save_pretrained(folder)
+    generation.save_pretrained(folder)
     for name in CODE:
         shutil.copyfile(Path(llava_vr.__file__).parent / name, folder / name)
     (folder / "README.md").write_text(_card(source, plan, style), encoding="utf-8")

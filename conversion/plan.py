@@ -6,30 +6,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
 from llava_vr.modeling_llava_vr import PROJECTORS, VisionRemember
 
 from . import mapping
+from .adapters import LowRank
 from .mapping import Drop
 from .readers import ConversionError, Handle
 from .sources import Source
 
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMED = 5  # at most so many tensors are named in an error
 
 
 @dataclass
 class Step:
-    """One tensor of the result: read from `handle` or, without one, new; `low_rank` holds A and B of a LoRA adapter."""
+    """One tensor of the result: read from `handle` or, without one, new; `low_rank` is what an adapter adds to it."""
 
     target: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     handle: Handle | None = None
-    low_rank: tuple[Handle, Handle] | None = None
+    low_rank: LowRank | None = None
     change: str = ""  # "rows": the vocabulary grows; "patches": a position embedding loses its first, CLS
 
     @property
@@ -44,7 +48,6 @@ class Plan:
     config: LlavaVrConfig
     steps: list[Step]
     dropped: list[tuple[Handle, Drop]] = field(default_factory=list)
-    scale: float = 1.0  # of the low-rank updates
 
     @property
     def num_bytes(self) -> int:
@@ -74,13 +77,48 @@ class Plan:
         return "\n".join([text, *(f"  dropped {count}: {reason}" for reason, count in reasons.items())])
 
 
-def vocabulary_rows(source: Source, maps: list) -> int:
-    """Rows of the source's embeddings."""
+def check_config(source: Source, maps: list) -> int:
+    """Compares the configuration with the tensors, before anything of its sizes is built.
+
+    Returns:
+        Rows of the source's embeddings.
+
+    Raises:
+        ConversionError: it has more layers or patches than the tensors, or a choice that transformers does not know, or
+            there are no embeddings.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
     for part in source.parts:
         for name, handle in part.names(maps):
-            if mapping.target_of(name, part.rules) == EMBEDDINGS:
-                return handle.shape[0]
-    raise ConversionError(f"{source.folder}: no embeddings of the language model: embed_tokens.weight is missing.")
+            shapes.setdefault(str(mapping.target_of(name, part.rules)), handle.shape)
+    for name in (EMBEDDINGS, POSITIONS):
+        if len(shapes.get(name, ())) != 2:
+            raise ConversionError(f"{source.folder}: {name} is missing, or is not a matrix.")
+    vision, text = source.config["vision_config"], source.config["text_config"]
+    options = source.config.get("projector_kwargs") or {}
+    for name, layers, prefix in (
+        ("text_config.num_hidden_layers", text.num_hidden_layers, "model.language_model.layers."),
+        ("vision_config.num_hidden_layers", vision.num_hidden_layers, "model.vision_tower.encoder.layers."),
+        ("projector_kwargs.depth", options.get("depth") or 0, "model.multi_modal_projector."),
+        ("projector_kwargs.mlp_depth", options.get("mlp_depth") or 0, "model.multi_modal_projector."),
+    ):
+        if layers > (held := sum(key.startswith(prefix) for key in shapes)):
+            raise ConversionError(f"{source.folder}: {name} is {layers}, but only {held} tensors are {prefix}*.")
+    patches, (rows, width) = (vision.image_size // vision.patch_size) ** 2, shapes[POSITIONS]
+    if patches > rows or width != vision.hidden_size:
+        raise ConversionError(
+            f"{source.folder}: image_size {vision.image_size} and patch_size {vision.patch_size} of the vision tower "
+            f"make {patches} patches of width {vision.hidden_size}, but {POSITIONS} has shape {[rows, width]}."
+        )
+    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    for name, choice, choices in (
+        ("text_config.hidden_act", getattr(text, "hidden_act", None), ACT2FN),
+        ("vision_config.hidden_act", getattr(vision, "hidden_act", None), ACT2FN),
+        ("text_config.rope_parameters.rope_type", rope_type, {"default", *ROPE_INIT_FUNCTIONS}),
+    ):
+        if choice is not None and choice not in choices:
+            raise ConversionError(f"{source.folder}: {name} {choice!r} is unknown to transformers.")
+    return shapes[EMBEDDINGS][0]
 
 
 def make_plan(source: Source, config: LlavaVrConfig, maps: list, dtype: torch.dtype | None = None) -> Plan:
@@ -96,7 +134,11 @@ def make_plan(source: Source, config: LlavaVrConfig, maps: list, dtype: torch.dt
         shapes.pop(HEAD, None)
     found, dropped = _match(source, config, maps)
     new_dtype = dtype or _majority([handle.dtype for handle in found.values()])
-    low_rank = _low_rank(source, found, maps)
+    low_rank: dict[str, LowRank] = {}
+    if source.adapter:
+        if config.tie_word_embeddings:
+            _check_tied(source, maps)
+        low_rank = _low_rank(source, found, dropped, maps)
 
     steps, missing = [], []
     for target, shape in shapes.items():
@@ -115,16 +157,19 @@ def make_plan(source: Source, config: LlavaVrConfig, maps: list, dtype: torch.dt
             if step.dtype == torch.float64:
                 step.dtype = torch.float32
         steps.append(step)
+    if joined := [name for name in missing if ".experts." in name]:
+        raise ConversionError(
+            f"{source.folder}: decoder {config.text_config.model_type!r} is a mixture of experts whose weights "
+            f"transformers joins when it loads them ({joined[0]}): such decoders are not read."
+        )
     if missing:
         hint = "; if the head shares the embeddings, set tie_word_embeddings in config.json" if HEAD in missing else ""
         raise ConversionError(f"{source.folder}: nothing for {_some(missing)}{hint}.")
     if found:
         target, handle = next(iter(found.items()))
         raise ConversionError(f"{handle.place} is unexpected: the model has no {target} ({len(found)} such).")
-    if low_rank:
-        raise ConversionError(f"{next(iter(low_rank.values()))[0].place} is unexpected: no weight to add it to.")
     config.dtype = _majority([step.dtype for step in steps for _ in range(max(1, step.num_bytes >> 20))])
-    return Plan(config, steps, dropped, source.adapter.scale if source.adapter else 1.0)
+    return Plan(config, steps, dropped)
 
 
 def _match(source: Source, config: LlavaVrConfig, maps: list) -> tuple[dict[str, Handle], list[tuple[Handle, Drop]]]:
@@ -151,18 +196,36 @@ def _match(source: Source, config: LlavaVrConfig, maps: list) -> tuple[dict[str,
     return found, dropped
 
 
-def _low_rank(source: Source, found: dict[str, Handle], maps: list) -> dict[str, tuple[Handle, Handle]]:
+def _check_tied(source: Source, maps: list):
+    """Refuses an adapter that gives embeddings and head, which are one tensor here, different weights."""
+    rules = source.parts[0].rules
+    whole = {mapping.target_of(name, rules): handle for name, handle in source.parts[0].names(maps)}
+    updated = {mapping.target_of(mapping.apply_maps(name, maps), rules) for name in source.adapter.updates}
+    changed = [target for target in (EMBEDDINGS, HEAD) if target in updated or target in whole]
+    both = len(changed) == 2 and not updated & set(changed)  # as PEFT saves them where the vocabulary grew
+    if changed and not (both and torch.equal(whole[EMBEDDINGS].load(), whole[HEAD].load())):
+        raise ConversionError(
+            f"{source.folder}: the adapter changes {changed[0]}, but head and embeddings share their weights "
+            "(tie_word_embeddings): merge it with PEFT."
+        )
+
+
+def _low_rank(source: Source, found: dict[str, Handle], dropped: list, maps: list) -> dict[str, LowRank]:
+    """The adapter's updates by the name of our weight; those of a weight that is left out are `dropped`, too."""
     updates = {}
-    for name, (a, b) in source.adapter.pairs.items() if source.adapter else ():
-        target = mapping.target_of(mapping.apply_maps(name, maps), source.adapter.rules)
-        weight = found.get(target)
-        if weight is None or len(weight.shape) != 2:
-            raise ConversionError(f"{a.place} is unexpected: the base has no matrix {name}.")
-        if (a.shape[1:], b.shape[:1], a.shape[:1]) != (weight.shape[1:], weight.shape[:1], b.shape[1:]):
+    for name, update in source.adapter.updates.items():
+        target = mapping.target_of(mapping.apply_maps(name, maps), source.parts[0].rules)
+        if isinstance(target, Drop):
+            dropped += [(update.a, target), (update.b, target)]
+        elif target not in found:
+            raise ConversionError(f"{update.a.place} is unexpected: the base has no {name}.")
+        elif update.shape() != found[target].shape:
             raise ConversionError(
-                f"{a.place} {list(a.shape)} and its B {list(b.shape)} do not fit {list(weight.shape)}."
+                f"{update.a.place} {list(update.a.shape)} and its B {list(update.b.shape)} do not fit "
+                f"{list(found[target].shape)}."
             )
-        updates[target] = (a, b)
+        else:
+            updates[target] = update
     return updates
 
 
@@ -195,30 +258,27 @@ class Maker:
         self.plan, self.allow_nonfinite = plan, allow_nonfinite
         self._module: tuple[str, dict[str, torch.Tensor]] = ("", {})  # the new module that was made last
 
-    def pieces(self, step: Step) -> Iterator[torch.Tensor]:
-        """The tensor of a step, flat and in pieces; each is good until the next is asked for.
+    @torch.no_grad()
+    def make(self, step: Step) -> torch.Tensor:
+        """The tensor of a step, contiguous.
 
         Raises:
             ConversionError: it holds NaN or infinite values.
         """
         if step.handle is None:
-            yield self._new(step).to(step.dtype).flatten()
-        elif step.change or step.low_rank:
-            yield self._check(self._changed(step).to(step.dtype), step.handle, "becomes, changed,").flatten()
-        else:
-            for piece in step.handle.pieces():
-                self._check(piece, step.handle, "has")
-                if piece.dtype != step.dtype:
-                    verb = f"does not fit into {str(step.dtype).removeprefix('torch.')}: it has"
-                    piece = self._check(piece.to(step.dtype), step.handle, verb)
-                yield piece
-
-    @torch.no_grad()
-    def _changed(self, step: Step) -> torch.Tensor:
+            return self._new(step).to(step.dtype)
         tensor = self._check(step.handle.load(), step.handle, "has")
+        if step.change or step.low_rank:
+            tensor = self._check(self._changed(tensor, step), step.handle, "becomes, changed,")
+        if tensor.dtype != step.dtype:
+            verb = f"does not fit into {str(step.dtype).removeprefix('torch.')}: it has"
+            tensor = self._check(tensor.to(step.dtype), step.handle, verb)
+        return tensor
+
+    def _changed(self, tensor: torch.Tensor, step: Step) -> torch.Tensor:
         if step.low_rank:
-            a, b = (self._check(handle.load(), handle, "has").float() for handle in step.low_rank)
-            tensor = torch.addmm(tensor.float(), b, a, alpha=self.plan.scale)
+            a, b = (self._check(handle.load(), handle, "has") for handle in (step.low_rank.a, step.low_rank.b))
+            tensor = step.low_rank.delta(a, b).add_(tensor)
         if step.change == "rows":
             mean = tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
             tensor = torch.cat([tensor, mean.expand(step.shape[0] - len(tensor), -1)])

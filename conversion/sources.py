@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -16,13 +16,17 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS, LlavaVrConfig
 
 from . import mapping
+from .adapters import WRAPPER, Adapter, is_adapter, read_adapter
 from .mapping import Rules
-from .readers import ConversionError, Handle, has_weights, open_file, read_json, read_weights
+from .readers import ConversionError, Handle, has_weights, open_file, read_config, read_json, read_weights, reading
 
 
-WRAPPER = r"(?:base_model\.)?(?:model\.(?=(?:model|lm_head)\.))?"  # of adapters and of what was trained beside them
 TRANSFORMERS_TYPES = ("llava", "llava_next", "llava_onevision")
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+# What these do between their last layer and their logits is not `scale_logits`
+OTHER_HEADS = ("falcon_h1", "inkling_text", "inkling2_text", "recurrent_gemma", "xlstm")
 DECODERS = ((r"qwen(?!3|.*moe)", "qwen2"), (r"mistral", "mistral"), (r"llama|mobilevlm|^llava$", "llama"))
+MAX_TILINGS = 10_000
 # Towers that checkpoints of LLaVA name, for a source that has the tower's weights but not its configuration
 CLIP_L = {
     "model_type": "clip_vision_model",
@@ -66,27 +70,22 @@ class Part:
 
     handles: list[Handle]
     rules: Rules
-    wrapper: str = ""  # a pattern that is taken off the beginning of each name
+    wrapper: str = ""  # a pattern that is taken out of each name
 
     def names(self, maps: list[tuple[re.Pattern, str]]) -> list[tuple[str, Handle]]:
         """The tensors, each with its name without the wrapper and after the maps of the command line."""
-        return [(mapping.apply_maps(re.sub(f"^{self.wrapper}", "", h.name), maps), h) for h in self.handles]
-
-
-@dataclass
-class Adapter:
-    """Low-rank updates of the source's tensors of these names: `scale` times B A is added."""
-
-    pairs: dict[str, tuple[Handle, Handle]]  # A, B
-    rules: Rules
-    scale: float
+        return [(mapping.apply_maps(re.sub(self.wrapper, "", h.name), maps), h) for h in self.handles]
 
 
 @dataclass
 class Source:
-    """A recognised source. `config` holds the arguments of `LlavaVrConfig`, without what the tokenizer decides."""
+    """A recognised source. `config` holds the arguments of `LlavaVrConfig`, without what the tokenizer decides.
+
+    The names in `adapter` and those in the first of `parts` have the same rules.
+    """
 
     kind: str
+    layout: Literal["ours", "transformers", "research", "honeybee", "parts"]
     folder: Path
     config: dict[str, Any]
     parts: list[Part]
@@ -97,11 +96,28 @@ class Source:
     image_token_id: int | None = None
     new: tuple[str, ...] = ()  # beginnings of names that the source need not have
     takes_tower: bool = False  # whether --vision-tower says something of it
-    has_reference: bool = False  # whether transformers' own class reads the folder
+    base: Path | None = None  # folder of the model that an artefact was trained on
+    tower: Path | None = None  # folder of the vision tower's weights, where they are not beside the others
+
+    @property
+    def model_folder(self) -> Path:
+        """The folder of the language model's weights."""
+        return self.base or self.folder
+
+    @property
+    def companion_folders(self) -> list[Path]:
+        """Where the tokenizer, the chat template and the generation defaults are looked for, in turn."""
+        return [self.folder, *self.tokenizer_folders]
 
     @property
     def text_config(self) -> PreTrainedConfig:
         return self.config["text_config"]
+
+    @property
+    def folders(self) -> set[Path]:
+        """All folders that are read."""
+        files = {handle.file.path.parent for part in self.parts for handle in part.handles}
+        return {self.folder, *self.tokenizer_folders, *self.image_folders, *files}
 
 
 def locate(name: str, option: str, weights: bool = True) -> Path:
@@ -128,22 +144,34 @@ def recognise(name: str, options: Options) -> Source:
     folder = locate(name, "SOURCE")
     if not folder.is_dir():
         raise ConversionError(f"SOURCE {folder}: a folder is needed, with config.json beside the weights.")
-    config = read_json(folder / "config.json")
-    model_type = config.get("model_type", "")
-    if (folder / "adapter_config.json").is_file():
+    config = read_config(folder)
+    if is_adapter(folder):
         source = _lora(folder, config, options)
     elif (folder / "mm_projector.bin").is_file() and not has_weights(folder):
         source = _stage_1(folder, config, options)
     elif not config:
         raise ConversionError(f"SOURCE {folder}: no config.json, so what it is cannot be told.")
-    elif model_type == "llava_vr":
+    else:
+        source = _model(folder, config, options)
+        if options.base_model:
+            source.tokenizer_folders.append(locate(options.base_model, "--base-model", weights=False))
+    if options.vision_tower and not source.takes_tower:
+        raise ConversionError(f"--vision-tower {options.vision_tower}: SOURCE ({source.kind}) has its own.")
+    _apply_options(source, options)
+    return source
+
+
+def _model(folder: Path, config: dict[str, Any], options: Options, artefact: Part | None = None) -> Source:
+    """A model from a folder of its own; the tensors of `artefact` take the place of the folder's."""
+    model_type = config.get("model_type", "")
+    if _is_research(config):
+        return _research(folder, config, options, artefact)
+    if model_type == "llava_vr":
         source = _ours(folder, config)
     elif model_type in TRANSFORMERS_TYPES and isinstance(config.get("vision_config"), dict):
         source = _transformers(folder, config)
     elif "lm_config" in config and _honeybee_projector(config):
         source = _honeybee(folder, config)
-    elif "mm_vision_tower" in config or "mm_projector_type" in config:
-        source = _research(folder, config, options)
     elif model_type in CONFIG_MAPPING and options.vision_tower:
         source = _parts(folder, config, options)
     else:
@@ -152,12 +180,33 @@ def recognise(name: str, options: Options) -> Source:
             "and its descendants, transformers' llava, llava_next and llava_onevision, LLaVA-VR, or a language model "
             "with --vision-tower."
         )
-    if options.vision_tower and not source.takes_tower:
-        raise ConversionError(f"--vision-tower {options.vision_tower}: SOURCE ({source.kind}) has its own.")
-    _apply_options(source, options)
-    if options.base_model:
-        source.tokenizer_folders.append(locate(options.base_model, "--base-model", weights=False))
+    if artefact:
+        source.parts.insert(0, dataclasses.replace(artefact, rules=source.parts[0].rules))
     return source
+
+
+def _is_research(config: dict[str, Any]) -> bool:
+    return "mm_vision_tower" in config or "mm_projector_type" in config
+
+
+def _tensors(folder: Path) -> list[Handle]:
+    """All tensors of a model's folder.
+
+    Raises:
+        ConversionError: there are none, or they are quantised.
+    """
+    config, old = read_json(folder / "config.json"), read_json(folder / "quantize_config.json")  # of AutoGPTQ
+    sides = [
+        side for side in (config, config.get("text_config"), config.get("vision_config")) if isinstance(side, dict)
+    ]
+    for quantization in (*(side.get("quantization_config") for side in sides), old):
+        if quantization:
+            method = dict(quantization).get("quant_method", "of an unnamed method")
+            raise ConversionError(
+                f"{folder}: quantization_config ({method}): quantised weights are not read: convert the model that "
+                "they were made from."
+            )
+    return list(read_weights(folder).values())
 
 
 def _apply_options(source: Source, options: Options):
@@ -185,7 +234,6 @@ def _apply_options(source: Source, options: Options):
             source.parts = [_without_projector(part) for part in source.parts]
         downsample = 1 if options.projector == "mlp" else max(2, round(config["projector_downsample"]))
         config |= {"projector_type": options.projector, "projector_downsample": downsample, "projector_kwargs": None}
-        source.has_reference = False
 
 
 def _without_projector(part: Part) -> Part:
@@ -220,34 +268,54 @@ def _remember_sizes(source: Source, layer: int, handles: dict[str, Handle]) -> d
 # ---- configurations
 
 
+# Of every configuration: they say nothing of the numbers
+COMMON_FIELDS = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+COMMON_FIELDS |= {"_name_or_path", "auto_map", "torch_dtype", "transformers_version", "use_cache"}
+
+
 def _own_fields(known: type[PreTrainedConfig]) -> set[str]:
-    common = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
-    return {f.name for f in dataclasses.fields(known)} - common
+    return {f.name for f in dataclasses.fields(known)} - COMMON_FIELDS
 
 
 def _sub_config(values: dict[str, Any], model_type: str, side: str) -> PreTrainedConfig:
-    """The configuration of one side of the model, from a dictionary that may hold other fields, too."""
+    """The configuration of one side of the model, from its own or from that of a whole model of research code."""
     if model_type not in CONFIG_MAPPING:
         raise ConversionError(f"the {side}'s model_type {model_type!r} is unknown to transformers.")
     known = CONFIG_MAPPING[model_type]
-    names = _own_fields(known) - {"use_cache"}
-    names |= {"rope_theta", "rope_scaling", "partial_rotary_factor", "bos_token_id", "eos_token_id", "pad_token_id"}
-    values = {name: value for name, value in values.items() if name in names}
+    if values.get("model_type") == model_type:  # its own: fields that the class does not declare have a meaning, too
+        values = {name: value for name, value in values.items() if name not in COMMON_FIELDS}
+    else:
+        names = _own_fields(known)
+        names |= {"rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim"}
+        names |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+        values = {name: value for name, value in values.items() if name in names}
     pad = values.get("pad_token_id")
     if pad is not None and not 0 <= pad < values.get("vocab_size", pad + 1):
         values["pad_token_id"] = None
     for name in ("rope_scaling", "rope_parameters"):
         if values.get(name) is None:
             values.pop(name, None)
-    return known(**values)
+    return known.from_dict(values)
 
 
 def _vision_config(config: dict[str, Any]) -> PreTrainedConfig:
     """The tower's configuration, from its own or from that of a model of images and text."""
     model_type = config.get("model_type", "")
     if isinstance(config.get("vision_config"), dict) and model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type].from_dict(config).vision_config
-    return _sub_config(config, model_type, "vision tower")
+        return _check_tower(CONFIG_MAPPING[model_type].from_dict(config).vision_config)
+    return _check_tower(_sub_config(config, model_type, "vision tower"))
+
+
+def _check_tower(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Refuses towers whose tensors or images differ from those of CLIP and SigLIP."""
+    if config.model_type == "siglip2_vision_model":
+        raise ConversionError(
+            "vision tower 'siglip2_vision_model' is SigLIP 2's NaFlex variant, whose images have no fixed size: use a "
+            "checkpoint of SigLIP 2 with a fixed size, of type 'siglip_vision_model'."
+        )
+    if config.model_type not in TOWERS:
+        raise ConversionError(f"vision tower {config.model_type!r}: the towers that are read are {', '.join(TOWERS)}.")
+    return config
 
 
 @dataclass
@@ -261,7 +329,7 @@ class _Tower:
         """Its weights, without layer `cut` and those after it."""
         if self.folder is None:
             raise ConversionError("the source has no weights of the vision tower: pass --vision-tower.")
-        return Part(list(read_weights(self.folder).values()), _cut(r"(?:vision_model\.)?", cut) + mapping.TOWER_ALONE)
+        return Part(_tensors(self.folder), _cut(r"(?:vision_model\.)?", cut) + mapping.TOWER_ALONE)
 
 
 def _cut(prefix: str, layer: int | None) -> list[tuple[str, str]]:
@@ -273,8 +341,8 @@ def _tower(folder: Path, config: dict[str, Any], options: Options, weights: bool
     name, option = options.vision_tower, "--vision-tower"
     if name is None:
         name, option = config.get("mm_vision_tower") or config.get("vision_tower"), "mm_vision_tower"
-        if not name:
-            raise ConversionError(f"{folder}: names no vision tower: pass --vision-tower.")
+        if not name or not isinstance(name, str):
+            raise ConversionError(f"{folder}: mm_vision_tower {name!r} names no vision tower: pass --vision-tower.")
         if (folder / name).is_dir():
             name = os.fspath(folder / name)
     try:
@@ -286,7 +354,8 @@ def _tower(folder: Path, config: dict[str, Any], options: Options, weights: bool
         raise ConversionError(f"{error} Pass --vision-tower with its folder.") from None
     if not (place / "config.json").is_file():
         raise ConversionError(f"{option} {place}: no config.json.")
-    return _Tower(_vision_config(read_json(place / "config.json")), place)
+    with reading(f"{option} {place}: config.json"):
+        return _Tower(_vision_config(read_config(place)), place)
 
 
 def parse_pinpoints(value: Any, tile: int) -> list[list[int]]:
@@ -300,6 +369,8 @@ def parse_pinpoints(value: Any, tile: int) -> list[list[int]]:
     if isinstance(value, str) and (found := re.findall(r"\((\d+)x(\d+)\)", value)):
         (first_width, first_height), (last_width, last_height) = ((int(w), int(h)) for w, h in (found[0], found[-1]))
         widths, heights = range(first_width, last_width + 1), range(first_height, last_height + 1)
+        if len(widths) * len(heights) > MAX_TILINGS:
+            raise ConversionError(f"image_grid_pinpoints {value!r} are more than {MAX_TILINGS} tilings.")
         pairs = [(width * tile, height * tile) for width in widths for height in heights]
     elif isinstance(value, str):
         try:
@@ -326,7 +397,7 @@ def _images(config: dict[str, Any], tile: int) -> dict[str, Any]:
     if ratio == "slice":  # TokenPacker's HD mode
         tilings = slice_tilings(config.get("patch_num") or 9, tile)
         return {"image_aspect_ratio": "anyres", "image_merge_type": "slices", "image_grid_pinpoints": tilings}
-    if not re.fullmatch(r"square|pad|anyres(_max_\d+)?", ratio):
+    if not re.fullmatch(r"square|pad|anyres(_max_\d+)?", str(ratio)):
         raise ConversionError(f"image_aspect_ratio {ratio!r}: only square, pad, anyres, anyres_max_N, slice are read.")
     if merge not in ("flat", "spatial", "spatial_unpad"):
         raise ConversionError(f"mm_patch_merge_type {merge!r}: only flat, spatial and spatial_unpad are read.")
@@ -344,8 +415,8 @@ def _ours(folder: Path, config: dict[str, Any]) -> Source:
     image_token_id = values.pop("image_token_id")
     for side in ("vision_config", "text_config"):
         values[side] = CONFIG_MAPPING[values[side]["model_type"]].from_dict(values[side])
-    part = Part(list(read_weights(folder).values()), mapping.OURS)
-    return Source("LLaVA-VR", folder, values, [part], image_token_id=image_token_id)
+    part = Part(_tensors(folder), mapping.OURS)
+    return Source("LLaVA-VR", "ours", folder, values, [part], image_token_id=image_token_id)
 
 
 def _transformers(folder: Path, config: dict[str, Any]) -> Source:
@@ -354,8 +425,18 @@ def _transformers(folder: Path, config: dict[str, Any]) -> Source:
         raise ConversionError(f"vision_feature_layer {theirs.vision_feature_layer}: only one layer is read.")
     if not theirs.multimodal_projector_bias:
         raise ConversionError("multimodal_projector_bias false: LLaVA-VR's projector has biases.")
-    if theirs.vision_feature_select_strategy == "full" and theirs.vision_config.model_type == "clip_vision_model":
+    strategy = theirs.vision_feature_select_strategy
+    has_cls = _check_tower(theirs.vision_config).model_type == "clip_vision_model"
+    if strategy == "full" and has_cls:
         raise ConversionError("vision_feature_select_strategy 'full': LLaVA-VR does not keep the CLS token.")
+    if strategy == "default" and not has_cls:
+        raise ConversionError(
+            "vision_feature_select_strategy 'default' drops the first patch of a tower without a CLS token in "
+            "transformers; LLaVA-VR keeps all: if the model was trained with all, set it to 'full' in config.json."
+        )
+    for name, neutral in (("logits_scaling", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None)):
+        if hasattr(theirs.text_config, name):  # their class has no such step after its head
+            setattr(theirs.text_config, name, neutral)
     if theirs.model_type == "llava":
         pads = read_image_processor(folder).get("do_pad", False)
         images = {"image_aspect_ratio": "pad" if pads else "square", "image_merge_type": "flat"}
@@ -374,9 +455,9 @@ def _transformers(folder: Path, config: dict[str, Any]) -> Source:
         "tie_word_embeddings": theirs.tie_word_embeddings,
         **images,
     }
-    part = Part(list(read_weights(folder).values()), mapping.TRANSFORMERS)
-    source = Source(f"transformers' {theirs.model_type}", folder, values, [part])
-    source.image_token_id, source.has_reference = theirs.image_token_index, True
+    part = Part(_tensors(folder), mapping.TRANSFORMERS)
+    source = Source(f"transformers' {theirs.model_type}", "transformers", folder, values, [part])
+    source.image_token_id = theirs.image_token_index
     return source
 
 
@@ -412,8 +493,8 @@ def _honeybee(folder: Path, config: dict[str, Any]) -> Source:
         "image_aspect_ratio": "square",
         "image_merge_type": "flat",
     }
-    part = Part(list(read_weights(folder).values()), mapping.honeybee_rules())
-    return Source("Honeybee", folder, values, [part], conversation="honeybee")
+    part = Part(_tensors(folder), mapping.honeybee_rules())
+    return Source("Honeybee", "honeybee", folder, values, [part], conversation="honeybee")
 
 
 def _projector_layout(names: set[str], config: dict[str, Any], folder: Path) -> str:
@@ -432,7 +513,7 @@ def _projector_layout(names: set[str], config: dict[str, Any], folder: Path) -> 
     )
 
 
-def _research_source(kind: str, folder: Path, config: dict[str, Any], parts: list[Part], options: Options) -> Source:
+def _research(folder: Path, config: dict[str, Any], options: Options, artefact: Part | None) -> Source:
     """A model of LLaVA's research code from its (flat) configuration; the tower's part is added where one is needed."""
     if config.get("mm_use_im_start_end"):
         raise ConversionError("mm_use_im_start_end true: tokens around each image are not read.")
@@ -446,6 +527,7 @@ def _research_source(kind: str, folder: Path, config: dict[str, Any], parts: lis
     if decoder is None or re.search(r"mixtral|mpt|gemma|phi|moe", described):
         raise ConversionError(f"{folder}: {described!r}: the decoders that are read are Llama, Mistral and Qwen2.")
 
+    parts = [*([artefact] if artefact else []), Part(_tensors(folder), ())]
     names = {name for part in parts for name, _ in part.names(options.maps)}
     layout = _projector_layout(names, config, folder)
     declared = config.get("projector_type") or config.get("mm_projector_type")
@@ -471,8 +553,10 @@ def _research_source(kind: str, folder: Path, config: dict[str, Any], parts: lis
         "ldpv2": grid // 12,  # its pooling is to 12 x 12 tokens
         "tokenpacker": config.get("scale_factor") or config.get("down_rate") or 2,
     }.get(projector, config.get("projector_downsample") or 2)
-    if projector in ("ldpv2", "tokenpacker") and grid % downsample:
-        raise ConversionError(f"{projector} with regions of {downsample} on a grid of {grid} x {grid} is not read.")
+    if projector == "ldpv2" and grid % 12:
+        raise ConversionError(f"ldpv2 pools to 12 x 12 tokens: on a grid of {grid} x {grid} its regions overlap.")
+    if projector == "tokenpacker" and grid % downsample:
+        raise ConversionError(f"tokenpacker with regions of {downsample} on a grid of {grid} x {grid} is not read.")
     values = {
         "vision_config": tower.config,
         "text_config": _sub_config(config, decoder, "language model"),
@@ -483,66 +567,53 @@ def _research_source(kind: str, folder: Path, config: dict[str, Any], parts: lis
         **_images(config, tower.config.image_size),
         **{k: v for k, v in config.items() if k in _own_fields(LlavaVrConfig) and k.startswith("remember_")},
     }
-    source = Source(kind, folder, values, parts, takes_tower=True)
+    source = Source("LLaVA's research code", "research", folder, values, parts, takes_tower=True)
+    if other_tower or not own_tower:
+        source.tower = tower.folder
     source.image_folders = [tower.folder] if tower.folder else []
     return source
 
 
-def _research(folder: Path, config: dict[str, Any], options: Options) -> Source:
-    parts = [Part(list(read_weights(folder).values()), ())]
-    return _research_source("LLaVA's research code", folder, config, parts, options)
-
-
-def _base(option: str | None, artefact: str) -> tuple[Path, dict[str, Any], Part]:
-    if option is None:
-        raise ConversionError(f"SOURCE is {artefact}: pass the language model that it was trained on as --base-model.")
-    folder = locate(option, "--base-model")
-    return folder, read_json(folder / "config.json"), Part(list(read_weights(folder).values()), ())
-
-
 def _stage_1(folder: Path, config: dict[str, Any], options: Options) -> Source:
-    base_folder, base_config, base = _base(options.base_model, "a stage-1 projector (mm_projector.bin)")
+    if options.base_model is None:
+        raise ConversionError(
+            "SOURCE is a stage-1 projector (mm_projector.bin): pass the language model that it was trained on as "
+            "--base-model."
+        )
+    base = locate(options.base_model, "--base-model")
     artefact = Part(list(open_file(folder / "mm_projector.bin").handles.values()), (), wrapper=WRAPPER)
     if "num_hidden_layers" not in config:
-        config = {**base_config, **config}
-    source = _research_source("stage-1 projector", folder, config, [artefact, base], options)
-    source.conversation = "plain"
-    return source
+        config = {**read_config(base), **config}
+    source = _research(base, config, options, artefact)
+    source.kind, source.conversation = "stage-1 projector", "plain"
+    return _on_base(source, folder)
 
 
 def _lora(folder: Path, config: dict[str, Any], options: Options) -> Source:
-    settings = read_json(folder / "adapter_config.json")
-    refused = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
-    for name in refused:
-        if settings.get(name):
-            raise ConversionError(f"adapter_config.json: {name} {settings[name]!r} is not merged: merge it with PEFT.")
-    if settings.get("peft_type", "LORA") != "LORA" or not settings.get("r") or "lora_alpha" not in settings:
-        raise ConversionError("adapter_config.json: only LoRA with r and lora_alpha is merged.")
-    files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
-    handles = open_file(next((path for path in files if path.is_file()), files[0])).handles
-    found: dict[str, dict[str, Handle]] = {}
-    full = []
-    for name, handle in handles.items():
-        if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", re.sub(f"^{WRAPPER}", "", name)):
-            found.setdefault(f"{match[1]}.weight", {})[match[2]] = handle
-        else:
-            full.append(handle)
-    for pair in found.values():
-        if len(pair) < 2:
-            raise ConversionError(f"{next(iter(pair.values())).place} has no {'B' if 'A' in pair else 'A'} beside it.")
-    if (folder / "non_lora_trainables.bin").is_file():
-        full += open_file(folder / "non_lora_trainables.bin").handles.values()
-    _, base_config, base = _base(options.base_model, "a LoRA adapter")
-    parts = [Part(full, (), wrapper=WRAPPER), base]
-    source = _research_source("LoRA adapter", folder, config or base_config, parts, options)
-    rank = math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"]
-    pairs = {name: (pair["A"], pair["B"]) for name, pair in found.items()}
-    rules = [*base.rules, *mapping.below(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", mapping.TOWER)]
-    source.adapter = Adapter(pairs, rules, settings["lora_alpha"] / rank)
+    """Its base as if it stood alone, then the adapter; research code keeps its configuration beside the adapter."""
+    adapter = read_adapter(folder)
+    base = locate(options.base_model, "--base-model") if options.base_model else adapter.find_base()
+    if is_adapter(base):
+        raise ConversionError(f"SOURCE {folder}: its base {base} is an adapter, too: convert that first.")
+    config = config if _is_research(config) else read_config(base)
+    source = _model(base, config, options, Part(adapter.whole, (), wrapper=WRAPPER))
+    source.kind, source.adapter = f"LoRA adapter of {source.kind}", adapter
+    return _on_base(source, folder)
+
+
+def _on_base(source: Source, folder: Path) -> Source:
+    """The source of a base, as that of the artefact in `folder`."""
+    source.folder, source.base = folder, source.folder
+    source.tokenizer_folders.insert(0, source.base)
     return source
 
 
 def _parts(folder: Path, config: dict[str, Any], options: Options) -> Source:
+    if config["model_type"] in OTHER_HEADS:
+        raise ConversionError(
+            f"{folder}: decoder {config['model_type']!r} changes its logits after its head in a way that LLaVA-VR "
+            "does not know."
+        )
     tower = _tower(folder, {}, options, weights=True)
     projector = options.projector or "avg_pool"
     values = {
@@ -551,13 +622,16 @@ def _parts(folder: Path, config: dict[str, Any], options: Options) -> Source:
         "projector_type": projector,
         "projector_downsample": 1 if projector == "mlp" else 2,
     }
-    parts = [Part(list(read_weights(folder).values()), mapping.LANGUAGE_MODEL), tower.part(None)]
-    source = Source("a language model and a vision tower", folder, values, parts, takes_tower=True)
+    parts = [Part(_tensors(folder), mapping.LANGUAGE_MODEL), tower.part(None)]
+    source = Source("a language model and a vision tower", "parts", folder, values, parts, takes_tower=True)
     source.new, source.image_folders = ("model.multi_modal_projector.", "model.image_newline"), [tower.folder]
+    source.tower = tower.folder
     return source
 
 
 def read_image_processor(folder: Path) -> dict[str, Any]:
     """The saved image processor of a folder, whichever file it is in; empty where there is none."""
-    inner = read_json(folder / "processor_config.json").get("image_processor")
+    inner = read_json(folder / "processor_config.json").get("image_processor") or {}
+    if not isinstance(inner, dict):
+        raise ConversionError(f"{folder / 'processor_config.json'}: image_processor {inner!r} is not an object.")
     return inner or read_json(folder / "preprocessor_config.json")

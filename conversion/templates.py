@@ -103,7 +103,6 @@ STYLES = {
     ),
     "plain": _template("<image>", "", "", "{{- render(message.content) -}}", "''", ("''", "'\\n'")),
 }
-END_OF_TURN = {"qwen": "<|im_end|>", "chatml_direct": "<|im_end|>", "llama_3": "<|eot_id|>"}
 
 
 def choose_style(model_type: str, hint: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -116,3 +115,18 @@ def choose_style(model_type: str, hint: str, tokenizer: PreTrainedTokenizerBase)
     if "<|im_start|>" in vocabulary:
         return "qwen" if model_type != "llama" else "chatml_direct"
     return "llava_llama_2" if "llama-2" in hint.lower().replace("_", "-") else "vicuna_v1"
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the tokenizer's chat template ends an answer; None where it ends with none."""
+    answer = "An answer."
+    for content in ([{"type": "text", "text": answer}], answer):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # a template may refuse either kind of content, by an error of its own
+            continue
+        if answer in text:
+            ids = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+            return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
+    return None

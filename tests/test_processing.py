@@ -418,7 +418,15 @@ def test_values_from_0_to_255(pixels_of, dtype):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in FLOATS if dtype != torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_tensors": "pt"},
+        {"return_tensors": "pt", "do_rescale": False},
+        {"common_kwargs": {"return_tensors": "pt"}, "images_kwargs": {"do_rescale": False}},
+    ],
+    ids=["plain", "do_rescale", "images_kwargs"],
+)
 @pytest.mark.parametrize("mode", ["anyres", "anyres_max_2", "slices", "pad", "square", "siglip_square"])
 def test_floats_from_0_to_1(tiny_config, processor_for, backend, mode, options, dtype):
     """As of torchvision's ToTensor; also beside a picture, and beside floats from 0 to 255."""
@@ -426,7 +434,7 @@ def test_floats_from_0_to_1(tiny_config, processor_for, backend, mode, options, 
     expected = processor(images=[image] * 3, return_tensors="pt")["pixel_values"]
     tensor = as_type(channels_first(image) / 255, dtype)
     images = [tensor, image, channels_first(image).astype(np.float32)]
-    assert torch.equal(processor(images=images, return_tensors="pt", **options)["pixel_values"], expected)
+    assert torch.equal(processor(images=images, **options)["pixel_values"], expected)
 
 
 def test_do_rescale_of_the_image_processor_itself(processor):
