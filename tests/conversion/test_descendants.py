@@ -86,14 +86,17 @@ def test_tokenpacker(scale, tmp_path, save_tokenizer):
     save_tokenizer(folder)
     result = check(source, folder, tmp_path / "out")
     assert result.plan.config.projector_downsample == scale
-    assert {reason for _, reason in result.plan.dropped} == {"the source loads the named tower instead of its own"}
+    assert {reason for _, reason in result.plan.dropped} == {
+        "the source loads the named tower instead of its own",
+        "a layer of the vision tower after the last that is read",
+    }
 
 
 SLICES = {  # (height, width) of an image: its rows and columns of tiles
-    (20, 30): (1, 1),
+    (20, 20): (1, 1),
     (60, 30): (2, 1),
     (30, 95): (1, 3),
-    (64, 60): (2, 2),
+    (46, 45): (2, 2),
     (60, 95): (2, 3),
     (30, 250): (1, 8),
     (300, 300): (3, 3),
@@ -109,7 +112,7 @@ class Slices(Research):
         sequence = []
         for row in range(rows):
             for column in range(columns):
-                sequence.append(tiles[1 + row * columns + column])
+                sequence.append(tiles[(rows * columns > 1) + row * columns + column])
                 if column < columns - 1:
                     sequence.append(embeddings[[COMMA]])
             sequence.append(embeddings[[UNKNOWN]])
