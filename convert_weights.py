@@ -45,7 +45,7 @@ from llava_vr.conversion.mapping import parse_maps
 from llava_vr.conversion.output import check_apart, check_output, replace_folder
 from llava_vr.conversion.plan import Plan, check_config, make_plan
 from llava_vr.conversion.readers import ConversionError, reading
-from llava_vr.conversion.sources import Options, Source, recognise
+from llava_vr.conversion.sources import Options, Source, detect_source
 from llava_vr.conversion.templates import STYLES
 from llava_vr.conversion.tower import cut_tower
 from llava_vr.conversion.verify import verify as verify_folder
@@ -153,33 +153,33 @@ def convert(
     if not dry_run:
         check_output(output, overwrite)
     with reading(f"SOURCE {source}: config.json"):
-        recognised = recognise(str(source), options)
+        detected = detect_source(str(source), options)
     if not dry_run:
-        check_apart(output, recognised.folders)
-    recognised.conversation = conversation or recognised.conversation
+        check_apart(output, detected.folders)
+    detected.conversation = conversation or detected.conversation
     with reading(f"SOURCE {source}"):
-        tokenizer = load_tokenizer(recognised)
-        image_token, image_token_id = add_image_token(tokenizer, recognised.image_token_id)
-        if recognised.config.get("image_merge_type") == "slices" and "image_separator_ids" not in recognised.config:
-            recognised.config["image_separator_ids"] = separator_ids(tokenizer)
-        config = _configure(recognised, image_token_id, options)
-        template, style = chat_template(recognised, tokenizer, image_token, f"{source} {base_model or ''}")
+        tokenizer = load_tokenizer(detected)
+        image_token, image_token_id = add_image_token(tokenizer, detected.image_token_id)
+        if detected.config.get("image_merge_type") == "slices" and "image_separator_ids" not in detected.config:
+            detected.config["image_separator_ids"] = separator_ids(tokenizer)
+        config = _configure(detected, image_token_id, options)
+        template, style = chat_template(detected, tokenizer, image_token, f"{source} {base_model or ''}")
         with reading(f"SOURCE {source}: image processor"):
-            processor = make_processor(recognised, config, tokenizer, image_token, template)
+            processor = make_processor(detected, config, tokenizer, image_token, template)
         with reading(f"SOURCE {source}: generation_config.json"):
-            generation = generation_config(recognised, tokenizer, image_token_id)
-        plan = make_plan(recognised, config, options.maps, DTYPES.get(dtype, dtype) if dtype else None)
+            generation = generation_config(detected, tokenizer, image_token_id)
+        plan = make_plan(detected, config, options.maps, DTYPES.get(dtype, dtype) if dtype else None)
     if dry_run:
-        return Result(plan, recognised, None, time.perf_counter() - start)
+        return Result(plan, detected, None, time.perf_counter() - start)
 
     verified = None
     with replace_folder(output, overwrite) as folder:
         write_weights(plan, folder, max_shard_size, allow_nonfinite, progress)
-        write_companions(folder, recognised, plan, processor, generation, style)
+        write_companions(folder, detected, plan, processor, generation, style)
         if verify:
-            verified = verify_folder(folder, recognised, plan)
+            verified = verify_folder(folder, detected, plan)
     url = _push(output, push_to_hub, private) if push_to_hub else None
-    return Result(plan, recognised, output, time.perf_counter() - start, verified, url)
+    return Result(plan, detected, output, time.perf_counter() - start, verified, url)
 
 
 def _configure(source: Source, image_token_id: int, options: Options) -> LlavaVrConfig:

@@ -19,15 +19,7 @@ from .sources import Source, read_image_processor
 from .templates import STYLES, choose_style, end_of_turn
 
 
-CODE = ("configuration_llava_vr.py", "modeling_llava_vr.py", "processing_llava_vr.py")
-AUTO_MAP = {
-    "config.json": {
-        "AutoConfig": "configuration_llava_vr.LlavaVrConfig",
-        "AutoModel": "modeling_llava_vr.LlavaVrModel",
-        "AutoModelForImageTextToText": "modeling_llava_vr.LlavaVrForConditionalGeneration",
-    },
-    "processor_config.json": {"AutoProcessor": "processing_llava_vr.LlavaVrProcessor"},
-}
+CODE = sorted(Path(llava_vr.__file__).parent.glob("*_llava_vr.py"))
 IMAGE_TOKEN = "<image>"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -164,9 +156,9 @@ def make_processor(
         image_token=image_token,
         patch_size=config.vision_config.patch_size,
         projector_downsample=config.projector_downsample,
+        projector_downsample_choices=config.projector_downsample_choices,
         image_aspect_ratio=config.image_aspect_ratio,
         image_merge_type=config.image_merge_type,
-        image_end_tokens=config.projector_kwargs.get("end_tokens", 0),
     )
 
 
@@ -210,15 +202,12 @@ def write_companions(
         if type(error) is Exception:  # tokenizers' own, where the disk is full
             raise OSError(str(error)) from error
         raise
-    for name, auto_map in AUTO_MAP.items():
-        values = read_json(folder / name) | {"auto_map": auto_map}
-        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     if tokenizer_config.pop("auto_map", None):
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
     generation.save_pretrained(folder)
-    for name in CODE:
-        shutil.copyfile(Path(llava_vr.__file__).parent / name, folder / name)
+    for path in CODE:
+        shutil.copyfile(path, folder / path.name)
     (folder / "README.md").write_text(_card(source, plan, style), encoding="utf-8")
 
 
@@ -245,7 +234,7 @@ Converted from {source.kind} by `convert_weights.py`: {plan.summary().splitlines
 |---|---|
 | vision tower | {vision.model_type}, {vision.image_size} pixels, patches of {vision.patch_size} |
 | decoder | {text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |
-| projector | {config.projector_type}, {config.projector_downsample:.3g} patches a side to a token |
+| projector | {config.projector_type}, {config.projector_downsample} patches a side to a token |
 | Vision Remember modules after layers | {layers} |
 | images | {config.image_aspect_ratio}, {config.image_merge_type} |
 | conversation | {style} |

@@ -23,6 +23,7 @@ OTHER_TOWER = Drop("the source loads the named tower instead of its own")
 REPLACED = Drop("the artefact brings its own")
 NEW_PROJECTOR = Drop("replaced by --projector")
 NO_MODULE = Drop("its layer is not among --remember-layers")
+ZERO_BIAS = Drop("a bias of the window that is zero, so without effect")
 
 Rules = Sequence[tuple[str, str]]
 
@@ -62,7 +63,6 @@ PROJECTORS: dict[str, Rules] = {
     ],
     "c_abstractor": [
         (r"pos_emb", "position_embedding"),
-        (r"eos_tokens", "end_tokens"),
         (r"prenorm\.(weight|bias)", r"pre_norm.\1"),
         (r"readout\.(\d+)\.(weight|bias)", r"readout.\1.\2"),
         *(
@@ -86,10 +86,15 @@ def below(prefix: str, rules: Rules, target: str = "") -> Rules:
     return [(prefix + pattern, new if isinstance(new, Drop) else target + new) for pattern, new in rules]
 
 
+REMEMBER: Rules = [
+    (r"model\.vision_remember\.\d+\.window_bias", ZERO_BIAS),
+    (r"(model\.vision_remember\..+)", r"\1"),
+]
 OURS: Rules = [
     *BUFFERS,
+    *REMEMBER,
     *below(r"model\.vision_tower\.(?:vision_model\.)?", TOWER),
-    (r"(model\.(?:vision_tower|multi_modal_projector|language_model|vision_remember)\..+)", r"\1"),
+    (r"(model\.(?:vision_tower|multi_modal_projector|language_model)\..+)", r"\1"),
     (r"(model\.image_newline|lm_head\.weight)", r"\1"),
 ]
 TRANSFORMERS: Rules = [
@@ -114,7 +119,8 @@ def research_rules(projector: str) -> Rules:
         *BUFFERS,
         *below(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", TOWER),
         *below(r"model\.mm_projector\.", PROJECTORS.get(projector, ()), "model.multi_modal_projector."),
-        (r"(model\.(?:multi_modal_projector|vision_remember)\..+|model\.image_newline)", r"\1"),
+        (r"(model\.multi_modal_projector\..+|model\.image_newline)", r"\1"),
+        *REMEMBER,
         *TEXT,
     ]
 

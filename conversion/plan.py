@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
-from llava_vr.modeling_llava_vr import PROJECTORS, VisionRemember
+from llava_vr.modeling_llava_vr import VisionRemember
+from llava_vr.projectors_llava_vr import PROJECTORS
 
 from . import mapping
 from .adapters import LowRank
@@ -251,15 +252,15 @@ def _some(names: list[str]) -> str:
     return text + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-class Maker:
-    """Makes the tensors of a plan, one at a time."""
+class TensorBuilder:
+    """Builds the tensors of a plan, one at a time."""
 
     def __init__(self, plan: Plan, allow_nonfinite: bool = False):
         self.plan, self.allow_nonfinite = plan, allow_nonfinite
-        self._module: tuple[str, dict[str, torch.Tensor]] = ("", {})  # the new module that was made last
+        self._module: tuple[str, dict[str, torch.Tensor]] = ("", {})  # the new module that was built last
 
     @torch.no_grad()
-    def make(self, step: Step) -> torch.Tensor:
+    def build(self, step: Step) -> torch.Tensor:
         """The tensor of a step, contiguous.
 
         Raises:

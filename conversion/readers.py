@@ -38,7 +38,9 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library and each class of it raises its own
         reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
-        if not isinstance(error, (KeyError, ValueError, StrictDataclassError)):  # whose texts say all
+        if isinstance(error, StrictDataclassError):
+            reason = str(error.__cause__ or error)
+        elif not isinstance(error, (KeyError, ValueError)):  # whose texts say all
             reason = f"{type(error).__name__}: {reason}"
         raise ConversionError(f"{what}: {textwrap.shorten(reason, 400)}") from error
 

@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from llava_vr.configuration_llava_vr import PROJECTOR_OPTIONS, LlavaVrConfig
+from llava_vr import LlavaVrConfig
+from llava_vr.projectors_llava_vr import PROJECTORS
 
 from . import mapping
 from .adapters import WRAPPER, Adapter, is_adapter, read_adapter
@@ -79,7 +80,7 @@ class Part:
 
 @dataclass
 class Source:
-    """A recognised source. `config` holds the arguments of `LlavaVrConfig`, without what the tokenizer decides.
+    """A source. `config` holds the arguments of `LlavaVrConfig`, without what the tokenizer decides.
 
     The names in `adapter` and those in the first of `parts` have the same rules.
     """
@@ -135,7 +136,7 @@ def locate(name: str, option: str, weights: bool = True) -> Path:
         raise ConversionError(f"{option} {name!r}: no folder here, and not to be had from the Hub: {reason}") from None
 
 
-def recognise(name: str, options: Options) -> Source:
+def detect_source(name: str, options: Options) -> Source:
     """What a folder holds, and what model it means.
 
     Raises:
@@ -223,16 +224,16 @@ def _apply_options(source: Source, options: Options):
             part.rules = [(rf"model\.vision_remember\.{layer}\..+", mapping.NO_MODULE), *part.rules]
     source.new += tuple(f"model.vision_remember.{layer}." for layer in layers if layer not in held)
     if held:
-        config |= {k: v for k, v in _remember_sizes(source, held[0], dict(names)).items() if k not in config}
+        config |= _remember_sizes(source, held, dict(names))
     if options.remember_feature_layers is not None:
         config["remember_feature_layers"] = options.remember_feature_layers
     if options.projector and options.projector != config["projector_type"]:
-        if options.projector not in PROJECTOR_OPTIONS:
-            raise ConversionError(f"--projector {options.projector!r}: one of {', '.join(PROJECTOR_OPTIONS)}.")
+        if options.projector not in PROJECTORS:
+            raise ConversionError(f"--projector {options.projector!r}: one of {', '.join(PROJECTORS)}.")
         if (config["projector_type"], options.projector) != ("mlp", "avg_pool"):  # which has the same two layers
             source.new += ("model.multi_modal_projector.",)
             source.parts = [_without_projector(part) for part in source.parts]
-        downsample = 1 if options.projector == "mlp" else max(2, round(config["projector_downsample"]))
+        downsample = 1 if options.projector == "mlp" else max(2, config["projector_downsample"])
         config |= {"projector_type": options.projector, "projector_downsample": downsample, "projector_kwargs": None}
 
 
@@ -245,24 +246,36 @@ def _without_projector(part: Part) -> Part:
     return dataclasses.replace(part, rules=rules)
 
 
-def _remember_sizes(source: Source, layer: int, handles: dict[str, Handle]) -> dict[str, Any]:
-    """Width, heads and window of the modules, from the shapes of one's tensors."""
-    tensors = ("query.weight", "key.weight", "window_bias")
+def _remember_sizes(source: Source, layers: list[int], handles: dict[str, Handle]) -> dict[str, Any]:
+    """Width, heads and window of the modules after these layers, from their tensors and the source's configuration."""
+    prefix, downsample = f"{source.folder}: model.vision_remember", source.config["projector_downsample"]
+    found = {name: source.config.get(name) for name in ("remember_num_heads", "remember_window_ratio")}
+    for layer in layers:
+        bias = handles.get(f"model.vision_remember.{layer}.window_bias")
+        if bias is None:
+            continue
+        side = math.isqrt(bias.shape[-1]) if bias.shape else 0
+        if len(bias.shape) != 2 or side**2 != bias.shape[1] or side < downsample or (side - downsample) % 2:
+            raise ConversionError(
+                f"{prefix}.{layer}.window_bias has shape {list(bias.shape)}: needed are (heads, window * window), with "
+                f"windows of {downsample} (projector_downsample) patches a side or an even number more."
+            )
+        if bias.load().any():
+            raise ConversionError(f"{prefix}.{layer}.window_bias is not zero: LLaVA-VR has no bias of the window.")
+        found = {"remember_num_heads": bias.shape[0], "remember_window_ratio": side / downsample}
+    for name, value in found.items():
+        if value is None:
+            raise ConversionError(f"{source.folder}: config.json needs {name}, which the modules' tensors do not tell.")
     try:
-        query, key, bias = (handles[f"model.vision_remember.{layer}.{k}"].shape for k in tensors)
-        (width, _), (key_width, _), (heads, window) = query, key, bias
+        query, key = (handles[f"model.vision_remember.{layers[0]}.{name}.weight"].shape for name in ("query", "key"))
+        (width, _), (key_width, _) = query, key
     except (KeyError, ValueError):
         raise ConversionError(
-            f"{source.folder}: model.vision_remember.{layer} needs query.weight (width, hidden_size), key.weight "
-            "and window_bias (heads, window * window): name the source's own with --map."
+            f"{prefix}.{layers[0]} needs query.weight (width, hidden_size) and key.weight (width of keys, width of the "
+            "memory): name the source's own with --map."
         ) from None
-    side = math.isqrt(window)
-    return {
-        "remember_hidden_size": width,
-        "remember_num_heads": heads,
-        "remember_num_key_value_heads": key_width * heads // width,
-        "remember_window": None if side == source.config["projector_downsample"] else side,
-    }
+    key_value_heads = key_width * found["remember_num_heads"] // width
+    return found | {"remember_hidden_size": width, "remember_num_key_value_heads": key_value_heads}
 
 
 # ---- configurations
@@ -474,20 +487,24 @@ def _honeybee(folder: Path, config: dict[str, Any]) -> Source:
     vision = _sub_config(config["vision_config"], "clip_vision_model", "vision tower")
     tokens = projector.get("num_query_tokens") or config["num_query_tokens"]
     grid, side = vision.image_size // vision.patch_size, math.isqrt(tokens)
-    if side**2 != tokens:
-        raise ConversionError(f"Honeybee's num_query_tokens {tokens} is not the square of a whole number.")
+    if side**2 != tokens or grid % side:
+        raise ConversionError(
+            f"Honeybee's num_query_tokens {tokens}: only the square of a number that divides the grid's side, {grid}, "
+            "is read; others make regions that overlap."
+        )
+    if end_tokens := projector.get("num_eos_tokens", 1):
+        raise ConversionError(f"Honeybee's num_eos_tokens {end_tokens}: tokens after those of an image are not read.")
     values = {
         "vision_config": vision,
         "text_config": _sub_config(config["text_config"], config["text_config"]["model_type"], "language model"),
         "projector_type": "c_abstractor",
-        "projector_downsample": grid / side if grid % side else grid // side,
+        "projector_downsample": grid // side,
         "projector_kwargs": {
             "hidden_size": projector.get("hidden_size", 1024),
             "depth": projector["depth"],
             "mlp_depth": projector["mlp_depth"],
             "position_embedding": projector.get("pos_emb", False),
             "pre_norm": projector.get("prenorm", False),
-            "end_tokens": projector.get("num_eos_tokens", 1),
         },
         "vision_feature_layer": projector.get("feature_layer_index", -1),
         "image_aspect_ratio": "square",
@@ -505,7 +522,7 @@ def _projector_layout(names: set[str], config: dict[str, Any], folder: Path) -> 
         if mark in names and "4.weight" not in names:
             return layout
     declared = config.get("projector_type") or config.get("mm_projector_type")
-    if not names and declared in PROJECTOR_OPTIONS:
+    if not names and declared in PROJECTORS:
         return declared
     raise ConversionError(
         f"{folder}: mm_projector_type {declared!r}: the projectors that are read are mlp2x_gelu, TokenPacker's, "

@@ -96,7 +96,7 @@ def fixed_inputs(config: LlavaVrConfig) -> dict[str, torch.Tensor]:
     """A text with an image that is half as wide again as high, the same each time."""
     generator, tile = torch.Generator().manual_seed(0), config.vision_config.image_size
     size, layout = (tile, tile + tile // 2), config.image_layout
-    tokens = [config.image_token_id] * layout.num_tokens(size)
+    tokens = [config.image_token_id] * layout.num_tokens(size, config.projector_downsample)
     text = [i for i in range(5, 15) if i != config.image_token_id]
     pixels = torch.randn(1, layout.num_tiles(size), 3, tile, tile, generator=generator)
     inputs = {"input_ids": torch.tensor([text[:5] + tokens + text[5:]])}

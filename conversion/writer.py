@@ -9,7 +9,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .plan import Maker, Plan
+from .plan import Plan, TensorBuilder
 from .readers import ConversionError, close_files, reading
 
 
@@ -26,7 +26,7 @@ def write_weights(plan: Plan, folder: Path, max_shard_size: int | str, allow_non
     free = shutil.disk_usage(folder).free
     if plan.num_bytes > free:
         raise ConversionError(f"OUTPUT: no space left: {plan.num_bytes / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free.")
-    steps, maker = {step.target: step for step in plan.steps}, Maker(plan, allow_nonfinite)
+    steps, builder = {step.target: step for step in plan.steps}, TensorBuilder(plan, allow_nonfinite)
     with reading(f"--max-shard-size {max_shard_size!r}"):
         split = split_state_dict_into_shards_factory(
             steps,
@@ -37,13 +37,13 @@ def write_weights(plan: Plan, folder: Path, max_shard_size: int | str, allow_non
     disable = None if progress is None else not progress
     with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc="converting", disable=disable) as bar:
 
-        def make(target: str) -> torch.Tensor:
+        def build(target: str) -> torch.Tensor:
             bar.update(steps[target].num_bytes)
-            return maker.make(steps[target])
+            return builder.build(steps[target])
 
         for name, targets in split.filename_to_tensors.items():
             try:
-                save_file({target: make(target) for target in targets}, folder / name, metadata={"format": "pt"})
+                save_file({target: build(target) for target in targets}, folder / name, metadata={"format": "pt"})
             finally:
                 close_files()
     if split.is_sharded:

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from builders import SIZES, load, logits, make_decoder, make_inputs, randomize, refused, theirs
+from builders import SIZES, TEXT, load, logits, make_decoder, make_inputs, randomize, refused, theirs
 from llava_vr.conversion.readers import ConversionError
 from llava_vr.convert_weights import convert
 
@@ -84,7 +84,7 @@ def test_adapters_of_the_fine_tuning_script(quantize, bases, tmp_path, finetune)
     model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True, dtype=torch.float32, **options)
     adapter = train(finetune.set_stage(model, "lora", rank=4), tmp_path / "adapter")
     result = check_merged(base, adapter, tmp_path / "out")
-    assert sum(step.low_rank is not None for step in result.plan.steps) == 2 * 7
+    assert sum(step.low_rank is not None for step in result.plan.steps) == 7 * TEXT["num_hidden_layers"]
     assert "logits as LlavaVrForConditionalGeneration's of the source" in result.verified
     assert result.summary().startswith("LoRA adapter of LLaVA-VR: ")
 

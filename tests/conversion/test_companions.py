@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from builders import ANYRES, IMAGE_ID, PINPOINTS, TILE, make_llava, randomize, theirs
+from llava_vr.configuration_llava_vr import AUTO_MAP
 from llava_vr.convert_weights import convert
 
 
@@ -32,13 +33,16 @@ def test_folder_is_complete_and_loads_in_a_fresh_process(tmp_path, clip_folder, 
     assert names == {
         "README.md",
         "chat_template.jinja",
+        "collator_llava_vr.py",
         "config.json",
         "configuration_llava_vr.py",
         "generation_config.json",
+        "layout_llava_vr.py",
         "model.safetensors.index.json",
         "modeling_llava_vr.py",
         "processing_llava_vr.py",
         "processor_config.json",
+        "projectors_llava_vr.py",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -47,13 +51,16 @@ def test_folder_is_complete_and_loads_in_a_fresh_process(tmp_path, clip_folder, 
     processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
     assert processor["image_processor"]["image_mean"] == [0.4, 0.5, 0.6]
     assert processor["image_processor"]["image_grid_pinpoints"] == PINPOINTS
-    for name in ("configuration", "modeling", "processing"):
-        code = (tmp_path / "out" / f"{name}_llava_vr.py").read_bytes()
-        assert code == (ROOT / f"{name}_llava_vr.py").read_bytes()
+    for name in (name for name in names if name.endswith("_llava_vr.py")):
+        assert (tmp_path / "out" / name).read_bytes() == (ROOT / name).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP
+    assert processor["auto_map"] == {"AutoProcessor": "processing_llava_vr.LlavaVrProcessor"}
     script = """
 import sys
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 content = [{"type": "image", "image": Image.new("RGB", (70, 40), "red")}, {"type": "text", "text": "What?"}]
@@ -62,10 +69,13 @@ inputs = processor.apply_chat_template(
     return_tensors="pt",
 )
 assert inputs["input_ids"][0, 0] != model.config.image_token_id
+collator = get_class_from_dynamic_module("collator_llava_vr.LlavaVrCollator", sys.argv[1])
+assert all(kind.__module__.startswith("transformers_modules.") for kind in (type(model), type(processor), collator))
 print(model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] - inputs["input_ids"].shape[1])
 """
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    env = {**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.stdout.strip() in ("1", "2", "3"), done.stderr
 
 

@@ -1,7 +1,6 @@
 """TokenPacker, MobileVLM and Honeybee against their arithmetic, written out here."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -10,9 +9,7 @@ from transformers import AutoProcessor, CLIPVisionModel
 
 from builders import (
     IMAGE_ID,
-    PATCH,
     TEXT,
-    TILE,
     VISION,
     Research,
     check,
@@ -20,6 +17,7 @@ from builders import (
     linear,
     make_clip,
     make_decoder,
+    make_tokenpacker,
     mlp_shapes,
     random_tensors,
     randomize,
@@ -27,52 +25,7 @@ from builders import (
     write_weights,
 )
 from llava_vr.conversion import sources
-from llava_vr.conversion.readers import ConversionError
 from llava_vr.convert_weights import convert
-
-
-def make_tokenpacker(clip_folder, scale=2, kind=Research, **config):
-    """Its levels are hidden states 12, 16, 22 and 23 of the tower that is saved in `clip_folder`."""
-    width, heads = 256, 2
-    tower, decoder = make_clip(hidden_size=width, num_hidden_layers=24, intermediate_size=32), make_decoder()
-    tower.save_pretrained(clip_folder)
-    shapes = {
-        "q_proj_1.weight": (width, width),
-        "clip_attn.in_proj_weight": (3 * width, width),
-        "clip_attn.in_proj_bias": (3 * width,),
-        "clip_attn.out_proj.weight": (width, width),
-        "clip_attn.out_proj.bias": (width,),
-        **mlp_shapes("k_proj_1.0", "k_proj_1.2", 4 * width, width, width),
-        **mlp_shapes("v_proj_1.0", "v_proj_1.2", 4 * width, width, width),
-        **mlp_shapes("mlp.0", "mlp.2", width, TEXT["hidden_size"], TEXT["hidden_size"]),
-        **{f"ln_{k}_1.{name}": (width,) for k in "qkv" for name in ("weight", "bias")},
-    }
-    projector = {name: tensor / 4 if tensor.ndim == 2 else tensor for name, tensor in random_tensors(shapes).items()}
-
-    def norm(x, weights, name):
-        return torch.nn.functional.layer_norm(x, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
-
-    def project(states, weights):
-        grid, tokens = TILE // PATCH, TILE // PATCH // scale
-        levels = torch.cat([states[level] for level in (12, 16, 22, 23)], dim=-1)
-        key = norm(gelu_mlp(levels, weights, "k_proj_1.0", "k_proj_1.2"), weights, "ln_k_1")
-        value = norm(gelu_mlp(levels, weights, "v_proj_1.0", "v_proj_1.2"), weights, "ln_v_1")
-        centre = states[-2].transpose(1, 2).unflatten(2, (grid, grid))
-        centre = torch.nn.functional.interpolate(centre, (tokens, tokens), mode="bilinear").flatten(2).transpose(1, 2)
-        query = norm(linear(centre, weights, "q_proj_1"), weights, "ln_q_1")
-        attention = torch.nn.MultiheadAttention(width, heads)
-        attention.load_state_dict({k[10:]: v for k, v in weights.items() if k.startswith("clip_attn.")})
-        found = []
-        for token in range(tokens**2):
-            top, left = (scale * i for i in divmod(token, tokens))
-            region = [(top + i) * grid + left + j for i in range(scale) for j in range(scale)]
-            q, k, v = (x.transpose(0, 1) for x in (query[:, [token]], key[:, region], value[:, region]))
-            found.append(attention(q, k, v)[0].transpose(0, 1))
-        return gelu_mlp(torch.cat(found, dim=1), weights, "mlp.0", "mlp.2")
-
-    values = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_select_layer": -2}
-    values |= {"scale_factor": scale, "image_aspect_ratio": "pad", "mm_vision_tower": str(clip_folder)}
-    return kind(tower, decoder, projector, project, **{**values, **config})
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -217,14 +170,14 @@ def test_mobilevlm(tmp_path, save_tokenizer):
     check(source, folder, tmp_path / "out", [(50, 60)])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "old"), [(4, False), (4, True), (9, False)], ids=["new layout", "old layout", "overlapping regions"]
-)
-def test_honeybee(tokens, old, tmp_path, save_tokenizer):
+@pytest.mark.parametrize("old", [False, True], ids=["new layout", "old layout"])
+def test_honeybee(old, tmp_path, capsys, save_tokenizer):
     """C-Abstractor of two RegNet stages; older checkpoints have a position embedding for the CLS token, too."""
     tower, decoder = make_clip(), make_decoder()
     inner, width, outer, depth = VISION["hidden_size"], 40, TEXT["hidden_size"], 2
-    shapes = {"pos_emb": (1, 17 if old else 16, inner), "eos_tokens": (1, 3, outer)}
+    shapes = {
+        "pos_emb": (1, 17 if old else 16, inner),
+    }
     shapes |= {f"prenorm.{name}": (inner,) for name in ("weight", "bias")}
     shapes |= mlp_shapes("readout.0", "readout.2", width, outer, outer)
     for stage in (0, 2):
@@ -260,14 +213,13 @@ def test_honeybee(tokens, old, tmp_path, save_tokenizer):
         x = (x + w["pos_emb"][:, -16:]).transpose(1, 2).unflatten(2, (4, 4))
         for i in (1, 2):
             x = block(x, w, f"net.0.b{i}")
-        x = torch.nn.AdaptiveAvgPool2d((math.isqrt(tokens), math.isqrt(tokens)))(x)
+        x = torch.nn.functional.avg_pool2d(x, 2)
         for i in (1, 2):
             x = block(x, w, f"net.2.b{i}")
-        x = linear(silu(linear(x.flatten(2).transpose(1, 2), w, "readout.0")), w, "readout.2")
-        return torch.cat([x, w["eos_tokens"].expand(len(x), -1, -1)], dim=1)
+        return linear(silu(linear(x.flatten(2).transpose(1, 2), w, "readout.0")), w, "readout.2")
 
     source = Research(tower, decoder, projector, project)
-    abstractor = {"projector_type": "c-abs", "depth": depth, "mlp_depth": 2, "hidden_size": width, "num_eos_tokens": 3}
+    abstractor = {"projector_type": "c-abs", "depth": depth, "mlp_depth": 2, "hidden_size": width, "num_eos_tokens": 0}
     abstractor |= {"pos_emb": True, "prenorm": True, "feature_layer_index": -1}
     config = {
         "model_type": "mllm",
@@ -276,11 +228,9 @@ def test_honeybee(tokens, old, tmp_path, save_tokenizer):
         "lm_config": {"pretrained_lm_name_or_path": "vicuna"},
         "text_config": decoder.config.to_dict(),
     }
-    if old:
-        config |= {"visual_projector_config": abstractor, "num_query_tokens": tokens}
-    else:
-        config |= {"projector_config": abstractor}
-        abstractor["num_query_tokens"] = tokens
+    tokens = config if old else abstractor
+    tokens["num_query_tokens"] = 4
+    config["visual_projector_config" if old else "projector_config"] = abstractor
     folder = tmp_path / "source"
     folder.mkdir()
     tensors = {f"abstractor.{name}": tensor for name, tensor in projector.items()}
@@ -290,10 +240,16 @@ def test_honeybee(tokens, old, tmp_path, save_tokenizer):
     (folder / "config.json").write_text(json.dumps(config))
     save_tokenizer(folder)
     result = check(source, folder, tmp_path / "out", verify=True, remember_layers=[0])
-    assert result.plan.config.projector_downsample == 4 / math.isqrt(tokens)
+    assert result.plan.config.projector_downsample == 2
 
-    for number, words in ((10, "num_query_tokens 10"), (25, "projector_downsample must be")):
-        (config if old else abstractor)["num_query_tokens"] = number
+    for number in (10, 9, 25):
+        tokens["num_query_tokens"] = number
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ConversionError, match=words):
-            convert(folder, tmp_path / "other")
+        assert f"num_query_tokens {number}: only the square" in refused(folder, capsys, output=tmp_path / "other")
+    tokens["num_query_tokens"] = 4
+    abstractor["num_eos_tokens"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "num_eos_tokens 3" in refused(folder, capsys, output=tmp_path / "other")
+    del abstractor["num_eos_tokens"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "num_eos_tokens 1" in refused(folder, capsys, output=tmp_path / "other")  # Honeybee's default

@@ -208,7 +208,7 @@ CASES = {
     "config.json: model_type is a list": (config(model_type=["llava"]), ["config.json", "model_type"]),
     # sizes and choices
     "sizes: 1e5 layers": (config(num_hidden_layers=10**5), ["config.json", "num_hidden_layers"]),
-    "sizes: 9999 layers": (config(num_hidden_layers=9999), ["text_config.num_hidden_layers is 9999", "18 tensors"]),
+    "sizes: 9999 layers": (config(num_hidden_layers=9999), ["text_config.num_hidden_layers is 9999", "27 tensors"]),
     "sizes: width": (config(hidden_size=MANY), [str(MANY)]),
     "sizes: no heads": (config(num_attention_heads=0), ["config.json", "num_attention_heads"]),
     "sizes: heads that do not divide": (config(num_attention_heads=5), ["config.json", "heads (5)"]),
@@ -248,7 +248,7 @@ NESTED_CASES = {
     "heads": (config(text_config__num_attention_heads=0), ["config.json", "num_attention_heads"]),
     "placeholder": (config(image_token_id=-7), ["image_token_id", "-7"]),
     "text_config": (config(text_config=5), ["config.json", "int"]),
-    "projector": (config(projector_hidden_act="swoosh"), ["projector_hidden_act", "'swoosh'"]),
+    "projector": (config(projector_hidden_act="swoosh"), ["projector_hidden_act", "swoosh"]),
     "pinpoints": (config(image_grid_pinpoints=[[1]]), ["image_grid_pinpoints"]),
 }
 
@@ -292,7 +292,7 @@ def test_error_that_nobody_foresaw(good, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("a\nsurprise")
 
-    monkeypatch.setattr(plan.Maker, "make", fail)
+    monkeypatch.setattr(plan.TensorBuilder, "build", fail)
     command = [str(good / "research"), str(tmp_path / "out")]
     assert main(command) == 2
     source = f"SOURCE {good / 'research'}: RuntimeError: a surprise (--traceback shows where)"

@@ -69,6 +69,7 @@ def test_sources_that_are_none(tmp_path, capsys, save_tokenizer, llava):
         (["--max-shard-size", "big"], "--max-shard-size 'big'"),
         (["--projector", "magic"], "--projector 'magic'"),
         (["--remember-layers", "5"], "remember_layers"),
+        (["--remember-layers", "2"], "source: remember_layers must be different decoder layers from 0 to 1"),
         (["--remember-layers", "0", "--remember-feature-layers", "9"], "remember_feature_layers"),
         (["--vision-tower", "/nowhere/clip"], "--vision-tower"),
     ],

@@ -43,7 +43,7 @@ def test_output_that_cannot_be_written(llava, tmp_path, capsys, monkeypatch):
         error = Exception("No space left on device (os error 28)")  # as the tokenizers library raises it
         patch.setattr(companions.LlavaVrProcessor, "save_pretrained", lambda *_: (_ for _ in ()).throw(error))
         assert "cannot be written: No space left on device" in refused(folder, capsys)
-    made, make = [], plan.Maker.make
+    made, make = [], plan.TensorBuilder.build
 
     def full(self, step):
         made.append(step)
@@ -51,7 +51,7 @@ def test_output_that_cannot_be_written(llava, tmp_path, capsys, monkeypatch):
             raise OSError(28, "No space left on device")
         return make(self, step)
 
-    monkeypatch.setattr(plan.Maker, "make", full)
+    monkeypatch.setattr(plan.TensorBuilder, "build", full)
     assert "No space left on device" in refused(folder, capsys)
 
 
@@ -64,7 +64,7 @@ def test_killed_at_any_point(point, exists, llava, tmp_path, monkeypatch):
         (out / "mine.txt").write_text("kept")
     process = os.fork()
     if process == 0:
-        calls, make, rename = [], plan.Maker.make, Path.rename
+        calls, make, rename = [], plan.TensorBuilder.build, Path.rename
 
         def die(*_, **__):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -82,7 +82,7 @@ def test_killed_at_any_point(point, exists, llava, tmp_path, monkeypatch):
                 die()
 
         if point == "weights":
-            plan.Maker.make = counted
+            plan.TensorBuilder.build = counted
         elif point == "files":
             companions.shutil.copyfile = die
         else:

@@ -93,7 +93,7 @@ def test_ldpv2_on_a_grid_that_its_tokens_do_not_divide(image_size, is_read, tmp_
     folder = Research(tower, make_decoder(), projector, None, **config).save(tmp_path / "source")
     save_tokenizer(folder)
     if is_read:
-        assert convert(folder, tmp_path / "out").plan.config.image_layout.tokens_per_tile == 144
+        assert convert(folder, tmp_path / "out").plan.config.projector_downsample == 2
     else:
         assert "ldpv2 pools to 12 x 12 tokens: on a grid of 30 x 30" in refused(folder, capsys)
 

@@ -160,7 +160,7 @@ def test_interrupted(point, exists, llava, tmp_path, capsys, monkeypatch):
             interrupt()
 
     if point == "weights":
-        monkeypatch.setattr(plan.Maker, "make", interrupt)
+        monkeypatch.setattr(plan.TensorBuilder, "build", interrupt)
     else:
         monkeypatch.setattr(Path, "rename", renamed)
     capsys.readouterr()
@@ -181,7 +181,7 @@ INTERRUPTED = """
 import os, signal, sys
 from llava_vr.conversion import plan
 from llava_vr.convert_weights import main
-plan.Maker.make = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+plan.TensorBuilder.build = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 sys.exit(main(sys.argv[1:]))
 """
 INTERRUPTED_IMPORT = """

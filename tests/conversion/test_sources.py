@@ -36,6 +36,7 @@ from builders import (
     make_llava,
     random_tensors,
     randomize,
+    refused,
     theirs,
     write_weights,
 )
@@ -214,13 +215,14 @@ def test_lora(root_of_r, ending, tmp_path, clip_folder, save_tokenizer):
     (folder / "config.json").write_text(json.dumps(flat))
     adapted.merge_and_unload()
     result = check(source, folder, tmp_path / "out", base_model=tmp_path / "base", vision_tower=clip_folder)
-    assert sum(step.low_rank is not None for step in result.plan.steps) == 2 * 2 + 3
+    assert sum(step.low_rank is not None for step in result.plan.steps) == 2 * TEXT["num_hidden_layers"] + 3
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["own names", "names through --map"])
 def test_llava_vr_research(foreign, tmp_path, clip_folder, save_tokenizer):
     """A checkpoint with the module's weights, the rest in LLaVA's names; the reference has our own names."""
     source = make_llava(image_aspect_ratio="pad", mm_projector_type="avg_pool", remember_feature_layers=[1, 3])
+    source.config |= {"remember_num_heads": 16, "remember_window_ratio": 1.0}
     folder = source.save(tmp_path / "source")
     save_tokenizer(folder)
     convert(folder, tmp_path / "without", vision_tower=clip_folder, remember_layers=[1])
@@ -252,6 +254,43 @@ def test_llava_vr_research(foreign, tmp_path, clip_folder, save_tokenizer):
     assert not torch.allclose(logits(found, inputs), inputs_without)
 
 
+@pytest.mark.parametrize("research", [False, True], ids=["LLaVA-VR", "research code"])
+def test_bias_of_the_window(research, llava, tmp_path, capsys):
+    """It tells heads and window; one that is zero is left out."""
+    convert(llava(), tmp_path / "first", remember_layers=[0, 1], projector="avg_pool")
+    weights = load_file(tmp_path / "first/model.safetensors")
+    expected = logits(load(tmp_path / "first"), make_inputs(load(tmp_path / "first").config, SIZES))
+    if research:
+        folder = llava({name: tensor for name, tensor in weights.items() if "remember" in name})
+        changes = {"mm_projector_type": "avg_pool"}
+    else:
+        folder, changes = tmp_path / "first", {"remember_num_heads": None, "remember_window_ratio": None}
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    held = load_file(folder / "model.safetensors")
+    assert "config.json needs remember_num_heads" in refused(folder, capsys)
+
+    def save(**biases):
+        added = {f"model.vision_remember.{layer[-1]}.window_bias": bias for layer, bias in biases.items()}
+        save_file(held | added, folder / "model.safetensors")
+
+    for side, ratio in ((4, 2.0), (2, 1.0)):
+        save(layer_0=torch.zeros(16, side**2), layer_1=torch.zeros(16, side**2))
+        result = convert(folder, tmp_path / f"out {side}", dtype="float32")
+        config = result.plan.config
+        assert (config.remember_num_heads, config.remember_window_ratio) == (16, ratio)
+        assert [reason for _, reason in result.plan.dropped] == [
+            "a bias of the window that is zero, so without effect"
+        ] * 2
+    found = load(tmp_path / "out 4")
+    assert torch.equal(logits(found, make_inputs(found.config, SIZES)), expected)
+    save(layer_0=torch.zeros(16, 16), layer_1=torch.eye(16))
+    assert "vision_remember.1.window_bias is not zero" in refused(folder, capsys)
+    for shape in ((16, 9), (16, 1), (16, 15), (16,), ()):
+        save(layer_0=torch.zeros(shape))
+        assert f"vision_remember.0.window_bias has shape {list(shape)}" in refused(folder, capsys)
+
+
 def test_conversion_of_a_conversion_is_the_identity(tmp_path, clip_folder, save_tokenizer):
     source = make_llava(**ANYRES)
     folder = source.save(tmp_path / "source")
@@ -266,7 +305,8 @@ def test_conversion_of_a_conversion_is_the_identity(tmp_path, clip_folder, save_
 
 
 def test_modules_are_added_and_left_out_by_layer(tmp_path, llava):
-    convert(llava(), tmp_path / "one", remember_layers=[1])
+    config = convert(llava(), tmp_path / "one", remember_layers=[1]).plan.config
+    assert config.remember_window_ratio == 2.0
     convert(tmp_path / "one", tmp_path / "two", remember_layers=[0, 1])
     result = convert(tmp_path / "two", tmp_path / "other", remember_layers=[0])
     assert {reason for _, reason in result.plan.dropped} == {"its layer is not among --remember-layers"}

@@ -18,7 +18,7 @@ from llava_vr.convert_weights import convert
         ({GATE: None}, ["nothing for tensor", "model.language_model.layers.1.mlp.gate_proj.weight"]),
         ({"lm_head.weight": None}, ["nothing for tensor lm_head.weight", "tie_word_embeddings"]),
         ({"model.layers.1.mlp.extra.weight": torch.ones(2)}, ["model.safetensors", "model.layers.1.mlp.extra.weight"]),
-        ({"model.layers.2.mlp.gate_proj.weight": NAN}, ["model.safetensors", "model.layers.2", "unexpected"]),
+        ({"model.layers.3.mlp.gate_proj.weight": NAN}, ["model.safetensors", "model.layers.3", "unexpected"]),
         ({"optimizer.step": torch.ones(2)}, ["unexpected tensor optimizer.step"]),
         ({GATE: torch.ones(64, 47)}, [f"model.safetensors: tensor {GATE}", "[64, 47]", "[64, 48]"]),
         ({GATE: torch.ones(64, 48, dtype=torch.int8)}, [f"model.safetensors: tensor {GATE}", "int8"]),
