@@ -47,6 +47,7 @@ from llava_vr.conversion.plan import Plan, check_config, make_plan
 from llava_vr.conversion.readers import ConversionError, reading
 from llava_vr.conversion.sources import Options, Source, detect_source
 from llava_vr.conversion.templates import STYLES
+from llava_vr.conversion.tower import cut_tower
 from llava_vr.conversion.verify import verify as verify_folder
 from llava_vr.conversion.writer import write_weights
 
@@ -187,7 +188,9 @@ def _configure(source: Source, image_token_id: int, options: Options) -> LlavaVr
     if image_token_id >= rows:
         rows = -(-(image_token_id + 1) // 64) * 64
     source.text_config.vocab_size = rows
-    return LlavaVrConfig(**source.config, image_token_id=image_token_id)
+    config = LlavaVrConfig(**source.config, image_token_id=image_token_id)
+    cut_tower(config, source.parts)
+    return config
 
 
 def _push(folder: Path, repository: str, private: bool) -> str:

@@ -9,9 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.image_processing_utils import select_best_resolution
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BaseImageProcessor, select_best_resolution
 
 
 def tokens_per_side(grid_size: int, downsample: int) -> int:
@@ -72,9 +76,17 @@ class ImageLayout:
     pinpoints: tuple[tuple[int, int], ...] = ()
     max_tiles: int | None = None
 
+    def process(self, images: list[np.ndarray], image_processor: BaseImageProcessor, **kwargs) -> BatchFeature:
+        """The `pixel_values` of RGB images `(3, height, width)` of 0 to 255."""
+        return image_processor(images, **kwargs)
+
+    def pinpoint(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """The one of the pinpoints that suits an image of (height, width) pixels."""
+        return select_best_resolution(tuple(image_size), self.pinpoints)
+
     def tiling(self, image_size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of tiles beside the base tile, for an image of (height, width) pixels."""
-        height, width = select_best_resolution(tuple(image_size), self.pinpoints)
+        height, width = self.pinpoint(image_size)
         return height // self.tile_size, width // self.tile_size
 
     def num_tiles(self, image_size: Sequence[int]) -> int:
@@ -141,15 +153,61 @@ class SlicesLayout(ImageLayout):
     """Tile after tile, a separator after each, the base tile last (TokenPacker-HD).
 
     The first separator stands between two tiles of a row, the second after a row and after the base tile. An image of
-    one tile has no base tile.
+    one tile has no base tile. Which tiling an image gets, and how it is resized and padded, are TokenPacker's too.
     """
+
+    def num_tiles(self, image_size: Sequence[int]) -> int:
+        tiles = math.prod(self.tiling(image_size))
+        return tiles + (tiles > 1)
+
+    def pinpoint(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """The first of the pinpoints that the image fills best; between equals, the nearest to 1.4 times its size."""
+
+        def score(pinpoint: tuple[int, int]) -> float:
+            area, scale = math.prod(pinpoint), min(room / side for side, room in zip(image_size, pinpoint))
+            filled = math.prod(round(side * scale) for side in image_size) / area
+            common = math.prod(min(1.4 * side, room) for side, room in zip(image_size, pinpoint))
+            return filled + 0.1 * common / (area + 1.4**2 * math.prod(image_size) - common)
+
+        return max(self.pinpoints, key=score)
+
+    def process(
+        self,
+        images: list[np.ndarray],
+        image_processor: BaseImageProcessor,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        fields = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        normalize = PilBackend(**{field: getattr(image_processor, field) for field in fields})
+        tiles = [self.cut_tiles(torch.from_numpy(image)) for image in normalize(images, **kwargs)["pixel_values"]]
+        return BatchFeature({"pixel_values": pad_sequence(tiles, batch_first=True).numpy()}, tensor_type=return_tensors)
+
+    def cut_tiles(self, image: torch.Tensor) -> torch.Tensor:
+        """The tiles `(tiles, 3, tile_size, tile_size)` of a normalized image `(3, height, width)`, base tile first.
+
+        The base tile shows the padded image, its padding included, within the bounds that the image alone would have.
+        """
+        size, side = image.shape[1:], self.tile_size
+        padded = self._resize_and_pad(image.float(), size, self.pinpoint(size))
+        tiles = padded.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (3, rows, side, columns, side)
+        tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
+        if len(tiles) > 1:
+            tiles = torch.cat([self._resize_and_pad(padded, size, (side, side))[None], tiles])
+        return tiles
+
+    @staticmethod
+    def _resize_and_pad(image: torch.Tensor, size: Sequence[int], room: tuple[int, int]) -> torch.Tensor:
+        """Resizes an image to what one of `size` would fill of `room`, and pads it at the bottom and right."""
+        scale = min(most / side for side, most in zip(size, room))
+        height, width = (min(most, max(1, round(side * scale))) for side, most in zip(size, room))
+        image = F.interpolate(image[None], (height, width), mode="bilinear")[0]
+        return F.pad(image, (0, room[1] - width, 0, room[0] - height))
 
     def pack(self, tiles: torch.Tensor, image_size: Sequence[int], separators: torch.Tensor | None) -> torch.Tensor:
         rows, columns = self.tiling(image_size)
-        after = ([0] * (columns - 1) + [1]) * rows
-        if len(after) > 1:
-            after.append(1)
-        slices = tiles.roll(-1, 0)[: len(after)]  # (slices, tokens, features), the base tile last
+        after = ([0] * (columns - 1) + [1]) * rows + [1] * (rows * columns > 1)
+        slices = tiles.roll(-1, 0)  # the base tile last
         return torch.cat([slices, separators.to(slices)[after].unsqueeze(1)], dim=1).flatten(0, 1)
 
 

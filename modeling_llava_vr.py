@@ -177,11 +177,6 @@ class LlavaVrCausalLMOutputWithPast(CausalLMOutputWithPast):
     remember_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-# What bitsandbytes leaves in full precision by default; the names of both classes, as `LlavaVrModel`'s lack "model."
-VISION_PARTS = ("vision_tower", "multi_modal_projector", "vision_remember")
-UNQUANTIZED = [*VISION_PARTS, *(f"model.{part}" for part in VISION_PARTS), "lm_head"]
-
-
 class LlavaVrPreTrainedModel(PreTrainedModel):
     config_class = LlavaVrConfig
     base_model_prefix = "model"
@@ -228,7 +223,8 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = quantization = AutoQuantizationConfig.from_dict(dict(quantization))
         if getattr(quantization, "llm_int8_skip_modules", ()) is None:  # bitsandbytes, and no names are given
             kwargs["quantization_config"] = quantization = copy.deepcopy(quantization)
-            quantization.llm_int8_skip_modules = UNQUANTIZED
+            parts = ("vision_tower", "multi_modal_projector", "vision_remember", "lm_head")
+            quantization.llm_int8_skip_modules = [f"{prefix}{part}" for prefix in ("", "model.") for part in parts]
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # its 4-bit weights, once packed, are saved wrong
@@ -270,12 +266,12 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
     def _register_hooks(self):
         layers = getattr(self.language_model, "layers", None)
         if len(self.vision_remember) and not isinstance(layers, nn.ModuleList):
-            raise ValueError(self._unsupported_decoder("has no list `layers` to insert it in"))
+            self._refuse_decoder("has no list `layers` to insert it in")
         for key in self.vision_remember:
             layers[int(key)].register_forward_hook(RememberHook(self.vision_remember, key), with_kwargs=True)
 
-    def _unsupported_decoder(self, reason: str) -> str:
-        return (
+    def _refuse_decoder(self, reason: str):
+        raise ValueError(
             f"text_config.model_type {self.config.text_config.model_type!r}: this decoder {reason}. Vision Remember "
             "works with llama, qwen2, qwen3, mistral, gemma3_text, smollm3, phi3 and their like; or set "
             "remember_layers=[]."
@@ -301,7 +297,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.vision_config.output_hidden_states
         if not len(pixel_values):
-            return LlavaVrImageFeatures(pooler_output=[])
+            return self._no_images()
         layout, sizes, downsamples = self._check_images(pixel_values, image_sizes, image_downsamples)
         num_tiles = [layout.num_tiles(size) for size in sizes]
         if pixel_values.ndim == 5:
@@ -359,7 +355,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
     def _separators(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What the layout puts between tokens, with a memory row that has no entry present: `(1 or 2, width)`."""
         if self.config.image_separator_ids is not None:
-            ids = torch.tensor(self.config.image_separator_ids, device=self.get_input_embeddings().weight.device)
+            ids = torch.tensor(self.config.image_separator_ids, device=tokens.device)
             separators = self.get_input_embeddings()(ids)
         elif self.image_newline is not None:
             separators = self.image_newline[None]
@@ -450,13 +446,11 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         images = (mm_encoder_outputs or {}).get("image")
-        if images is not None and not images.pooler_output:
-            images = None
         if pixel_values is not None and images is not None:
             raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
         sequence = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         decoding = sequence == 1 and past_key_values is not None
-        if pixel_values is not None and len(pixel_values):
+        if pixel_values is not None:
             images = self.get_image_features(pixel_values, image_sizes, image_downsamples, return_dict=True)
         elif images is None and not decoding and self._always_runs_vision():
             images = self._no_images()
@@ -473,8 +467,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             inputs_embeds = inputs_embeds.flatten(0, 1).index_copy(0, index, tokens).view_as(inputs_embeds)
             if len(self.vision_remember):
                 rows = torch.cat(list(images.deepstack_features[0])).to(inputs_embeds.device, inputs_embeds.dtype)
-                entry_size = sum(module.entry_size for module in self.vision_remember.values()) + 1
-                memory = rows.unflatten(1, (-1, entry_size))
+                memory = rows.unflatten(1, (-1, sum(m.entry_size for m in self.vision_remember.values()) + 1))
                 if memory.shape[1] or self._always_runs_vision():
                     verify = not (self._hooks_verified or torch.compiler.is_compiling())
                     trace = RememberTrace() if output_remember_attentions or verify else None
@@ -488,17 +481,17 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        remember_attentions = None
         if trace is not None:
             self._verify_hooks(trace)
+            remember_attentions = tuple(trace.weights[i] for i in self.config.remember_layers)
         return LlavaVrModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=tokens,
-            remember_attentions=tuple(trace.weights[i] for i in self.config.remember_layers)
-            if trace is not None and output_remember_attentions
-            else None,
+            remember_attentions=remember_attentions if output_remember_attentions else None,
         )
 
     def _always_runs_vision(self) -> bool:
@@ -535,9 +528,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
     def _verify_hooks(self, trace: RememberTrace):
         """Refuses a decoder that does not hand its keyword arguments to every layer: its modules would never run."""
         if set(trace.weights) != set(self.config.remember_layers):
-            raise ValueError(
-                self._unsupported_decoder("does not hand its keyword arguments to its layers, so no module would run")
-            )
+            self._refuse_decoder("does not hand its keyword arguments to its layers, so no module would run")
         self._hooks_verified = True
 
 
@@ -647,15 +638,10 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,  # named, as it tells `generate` that embeddings are taken
-        is_first_iteration: bool = False,
-        **kwargs,
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
+        self, *args, inputs_embeds: torch.Tensor | None = None, is_first_iteration: bool = False, **kwargs
+    ) -> dict[str, Any]:  # `inputs_embeds` is named, as it tells `generate` that embeddings are taken
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("mm_encoder_outputs", None)
         return inputs

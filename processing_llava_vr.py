@@ -244,7 +244,7 @@ class LlavaVrProcessor(ProcessorMixin):
     def _process_images(
         self, images: list, projector_downsample: int | list[int] | None = None, **kwargs
     ) -> tuple[BatchFeature, list[str]]:
-        inputs = self.image_processor(images, **kwargs)
+        inputs = self.image_layout.process(images, self.image_processor, **kwargs)
         convert = torch.tensor if isinstance(inputs["pixel_values"], torch.Tensor) else np.array
         if "image_sizes" not in inputs:
             inputs["image_sizes"] = convert([tuple(image.shape[1:]) for image in images])

@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls that take turns, memory, operations, ceilings, and the files of results."""
+"""What the benchmarks share: calls that take turns, memory, FLOPs, ceilings, and the files of results."""
 
 import argparse
 import json
@@ -105,8 +105,7 @@ def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention; a multiply-add counts two, and causal
-    attention counts in full."""
+    """FLOPs of matrix products, convolutions and attention; a multiply-add counts two, and causal attention in full."""
     with (
         torch.compiler.set_stance("force_eager"),
         FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
@@ -131,17 +130,17 @@ class Ceiling:
         return {"matrix product": lambda: self.matrix @ self.matrix, "copy": lambda: self.target.copy_(self.source)}
 
     def rates(self, times: dict[str, dict[str, list[float]]]) -> tuple[float, float]:
-        """Operations and bytes a millisecond, of `compare`'s figures."""
+        """FLOPs and bytes a millisecond, of `compare`'s figures."""
         return self.flops / times["matrix product"]["ms"][0], self.bytes / times["copy"]["ms"][0]
 
 
 # ----------------------------------------------------------------------------------------------- commands and files
 
 
-def new_parser(doc: str) -> argparse.ArgumentParser:
+def new_parser(doc: str, scales: tuple[str, ...] = ("small", "full")) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=("small", "full"), default="small", help="small is for two cores (default)")
+    parser.add_argument("--scale", choices=scales, default="small", help="small is for two cores (default)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default benchmarks/results)")
     return parser
 

@@ -3,22 +3,24 @@
     python -m benchmarks.module                                  # on a CPU: 1, 2 and 5 tiles
     python -m benchmarks.module --device cuda --scale full       # 1 to 10 tiles
 
-A tile is 144 vision tokens with 4 entries a window, or 36 with 16. All get the same hidden states and windows, and no
-gradient is spared: hidden states, memory and parameters have one. Weights are random. Beside ours:
+A tile is 144 vision tokens at s = 2, 36 at s = 4. All modules get the same hidden states and the same normalised memory
+on the grid; each projects it, cuts its windows and attends, and no gradient is spared: hidden states, memory and
+parameters have one. Weights are random. Beside ours, whose windows have twice the side of their regions:
 
-- global (fused), global (eager): cross attention of all vision tokens to all entries under a mask that leaves each its
-  own window: ours by another way, with a head of keys and values for each of the query. Memory normed and mask made
-  beforehand, neither is counted. Fused is scaled_dot_product_attention, eager two matrix products and a softmax.
-- SVA: Cambrian's aggregation with the norms of the lab's baseline, each level with its own keys and values.
-- SVA layer: Cambrian's whole layer around it: context, positions, a norm for each of keys and values, an MLP.
-- DeepStack: the lab's baseline, an MLP on every entry, averaged. DeepStack addition: the bare sum of ready features.
+- ours, ratio 1: windows of the regions alone, as in the paper.
+- SVA: the attention of Cambrian-1's aggregator on the same windows; SVA, ratio 1: on the regions, as published.
+- SVA layer: Cambrian's whole layer on the same windows: context, positions, a norm for each of keys and values, an MLP.
+- global: gated cross attention of all vision tokens to all patches of the image.
+- DeepStack: an MLP on every patch of the region, mean-pooled. DeepStack addition: the bare sum of ready features.
 - decoder layer: one of Qwen2-1.5B at the prefill of these vision tokens and 64 of text.
 
+The baselines are those of `lab/baselines.py`, with as many heads of keys and values as of the query; ours shares two.
 `bytes` are inputs, parameters and results (and their gradients), each once: what must move at least. `of_ceiling` is
-the least time by operations or by bytes, at the rates of the matrix product and the copy of the same rounds, over the
-time it took.
+the least time by FLOPs or by bytes, at the rates of the matrix product and the copy of the same rounds, over the time
+it took.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,13 +49,14 @@ from benchmarks.common import (
     write_json,
     write_table,
 )
-from lab.baselines import DeepStack, Sva
+from lab.baselines import DeepStack, GlobalCrossAttention, Sva, SvaLayer
 from llava_vr import LlavaVrConfig
+from llava_vr.layout_llava_vr import cut_windows, tokens_per_side
 from llava_vr.modeling_llava_vr import VisionRemember
 
 
 PROMPT = 64
-TRAINED = ("ours", "SVA", "SVA layer")  # those measured backward, too
+TRAINED = ("ours", "SVA", "SVA, ratio 1", "SVA layer")  # those measured backward, too
 
 
 @dataclass(frozen=True)
@@ -79,68 +82,19 @@ SCALES = {
 }
 
 
-class GlobalAttention(nn.Module):
-    """Every vision token to every entry of the memory, under a mask: `VisionRemember` without norm of the memory and
-    without bias, under the same names."""
+class OnGrid(nn.Module):
+    """A module on the whole way: from the memory on the grid to the update of the hidden states."""
 
-    def __init__(self, config: LlavaVrConfig, fused: bool):
+    def __init__(self, module: nn.Module, config: LlavaVrConfig):
         super().__init__()
-        hidden_size, width = config.text_config.hidden_size, config.remember_hidden_size
-        self.heads, self.fused = (config.remember_num_heads, -1), fused
-        self.query_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.query = nn.Linear(hidden_size, width, bias=False)
-        self.key = nn.Linear(config.memory_size, width, bias=False)
-        self.value = nn.Linear(config.memory_size, width, bias=False)
-        self.out = nn.Linear(width, hidden_size)
+        self.module, self.downsample = module, config.projector_downsample
+        self.window = config.window_size(self.downsample)
 
-    def forward(self, hidden_states, memory, mask):
-        # memory (tokens, window, memory_size), mask: bool (tokens, tokens * window)
-        entries = memory.flatten(0, 1)
-        states = self.query(self.query_norm(hidden_states)), self.key(entries), self.value(entries)
-        query, key, value = (
-            s.unflatten(-1, self.heads).transpose(0, 1)[None] for s in states
-        )  # (1, heads, n, head_dim)
-        if self.fused:
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        else:
-            scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-            attended = scores.softmax(-1) @ value
-        return self.out(attended[0].transpose(0, 1).flatten(1))
-
-
-class SvaLayer(nn.Module):
-    """Cambrian-1's spatial vision aggregator as one layer of its decoder (arXiv 2406.16860)."""
-
-    def __init__(self, config: LlavaVrConfig):
-        super().__init__()
-        hidden_size, width = config.text_config.hidden_size, config.remember_hidden_size
-        features, levels = config.vision_config.hidden_size, len(config.remember_feature_layers)
-        self.heads = (config.remember_num_heads, -1)
-
-        def normed(in_features: int) -> nn.Sequential:
-            return nn.Sequential(nn.LayerNorm(in_features), nn.Linear(in_features, width, bias=False))
-
-        self.context = nn.Linear(features, width, bias=False)
-        self.merge = nn.Linear(hidden_size + width, width, bias=False)
-        self.positions = nn.Parameter(torch.randn(config.window_size**2, levels, features))
-        self.query = normed(width)
-        self.key = nn.ModuleList(normed(features) for _ in range(levels))
-        self.value = nn.ModuleList(normed(features) for _ in range(levels))
-        self.out = nn.Linear(width, width, bias=False)
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, width, bias=False), nn.GELU(), nn.Linear(width, hidden_size, bias=False)
-        )
-
-    def forward(self, hidden_states, memory, context):
-        # hidden_states (tokens, hidden), memory (tokens, window, levels * features), context (tokens, features)
-        levels = (memory.unflatten(-1, self.positions.shape[1:]) + self.positions).unbind(2)
-        query = self.merge(torch.cat([hidden_states, self.context(context)], dim=-1))[:, None]  # (tokens, 1, width)
-        key = torch.cat([layer(level) for layer, level in zip(self.key, levels)], dim=1)
-        value = torch.cat([layer(level) for layer, level in zip(self.value, levels)], dim=1)
-        states = (s.unflatten(-1, self.heads).transpose(1, 2) for s in (self.query(query), key, value))
-        attended = F.scaled_dot_product_attention(*states).transpose(1, 2).flatten(2)
-        return hidden_states + self.mlp(self.norm(query + self.out(attended)))[:, 0]
+    def forward(self, hidden_states, memory):
+        # hidden_states (tokens, hidden), memory (tiles, g, g, memory_size)
+        projected = F.pad(self.module(memory), (0, 1), value=1)  # the last channel: present
+        rows = cut_windows(projected, self.downsample, self.window).flatten(0, 1)  # (tokens, window, 2 * K + 1)
+        return self.module(hidden_states, rows[..., :-1], rows[..., -1] > 0.5)[0]
 
 
 class Addition(nn.Module):
@@ -171,49 +125,57 @@ class Case:
     inputs: tuple[torch.Tensor, ...]
 
     @torch.no_grad()
-    def forward(self) -> Any:
+    def forward(self) -> torch.Tensor:
         return self.module(*self.inputs)
 
     def backward(self) -> None:
         """Forward and backward."""
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in self.inputs]
-        output = update(self.module(*inputs))
+        output = self.module(*inputs)
         output.backward(torch.ones_like(output))
         self.module.zero_grad()
 
     @property
     def least_bytes(self) -> dict[str, int]:
         """Bytes of inputs, parameters and result; backward, those that can have a gradient count once more."""
-        tensors = [*self.module.parameters(), *self.inputs, update(self.forward())]
+        tensors = [*self.module.parameters(), *self.inputs, self.forward()]
         forward = sum(tensor.nbytes for tensor in tensors)
         gradients = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
         return {"forward": forward, "backward": forward + gradients}
 
 
-def update(output: torch.Tensor | tuple[torch.Tensor, Any]) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def make_cases(config: LlavaVrConfig, tiles: int, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     """All that are compared, on an image of so many tiles."""
-    hidden_size, window = config.text_config.hidden_size, config.window_size**2
-    tokens = tiles * config.image_layout.tokens_per_tile
+    hidden_size, grid = config.text_config.hidden_size, config.feature_grid
+    tokens = tiles * tokens_per_side(grid, config.projector_downsample) ** 2
+    regions = copy.deepcopy(config)
+    regions.remember_window_ratio = 1.0
     hidden_states = torch.randn(tokens, hidden_size)
-    memory = torch.randn(tokens, window, config.memory_size)
-    valid = torch.ones(tokens, dtype=torch.bool)
-    mask = torch.arange(tokens * window) // window == torch.arange(tokens)[:, None]  # (tokens, tokens * window)
-    inputs = (hidden_states, memory, valid)
+    inputs = (hidden_states, torch.randn(tiles, grid, grid, config.memory_size))
     made = {
-        "ours": (VisionRemember(config), inputs),
-        "global (fused)": (GlobalAttention(config, fused=True), (hidden_states, memory, mask)),
-        "global (eager)": (GlobalAttention(config, fused=False), (hidden_states, memory, mask)),
-        "SVA": (Sva(config), inputs),
-        "SVA layer": (SvaLayer(config), (*inputs[:2], torch.randn(tokens, config.vision_config.hidden_size))),
-        "DeepStack": (DeepStack(config), inputs),
+        "ours": (OnGrid(VisionRemember(config), config), inputs),
+        "ours, ratio 1": (OnGrid(VisionRemember(regions), regions), inputs),
+        "SVA": (OnGrid(Sva(config), config), inputs),
+        "SVA, ratio 1": (OnGrid(Sva(regions), regions), inputs),
+        "SVA layer": (OnGrid(SvaLayer(config), config), inputs),
+        "global": (OnGrid(GlobalCrossAttention(regions, tiles), regions), inputs),
+        "DeepStack": (OnGrid(DeepStack(regions), regions), inputs),
         "DeepStack addition": (Addition(), (hidden_states, torch.randn(tokens, hidden_size))),
         "decoder layer": (DecoderLayer(config, tokens + PROMPT), (torch.randn(1, tokens + PROMPT, hidden_size),)),
     }
     return {name: Case(*to_device(module, tensors, device, dtype)) for name, (module, tensors) in made.items()}
+
+
+def row_sizes(config: LlavaVrConfig) -> dict[str, Any]:
+    """Bytes of a vision token's memory row in bfloat16: keys and values of all modules and presence; raw features."""
+    entries, modules = config.window_size(config.projector_downsample) ** 2, len(config.remember_layers)
+    return {
+        "downsample": config.projector_downsample,
+        "ratio": config.remember_window_ratio,
+        "entries": entries,
+        "bytes": 2 * entries * (2 * config.key_value_size * modules + 1),
+        "raw_bytes": 2 * entries * config.memory_size,
+    }
 
 
 def to_device(
@@ -221,7 +183,7 @@ def to_device(
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """Both there, in that type, with no weight zero: a GPU multiplies zeros faster."""
     for parameter in module.parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim != 1:
             nn.init.normal_(parameter, std=0.02)
     return module.to(device, dtype), tuple(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs)
 
@@ -251,7 +213,7 @@ def measure_line(
     cases = {count: make_cases(config, count, device, dtype)["ours"] for count in tiles}
     each = 10 if device.type == "cuda" else 1
     calls = {count: case.forward for count, case in cases.items()}
-    seconds = interleave(calls, repetitions, title=f"linearity, {config.window_size**2} entries", each=each)
+    seconds = interleave(calls, repetitions, title=f"linearity, s = {config.projector_downsample}", each=each)
     tokens = [len(case.inputs[0]) for case in cases.values()]
     ms = [spread([1000 * value for value in values]) for values in seconds.values()]
     return {"tiles": tiles, "tokens": tokens, "ms": ms, "deviation": deviation(tokens, [median for median, *_ in ms])}
@@ -266,21 +228,23 @@ def deviation(xs: list[float], ys: list[float]) -> float:
 def run(scale: Scale, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
     ceiling = Ceiling(device, dtype, scale.ceiling)
-    groups, lines = [], []
+    groups, lines, rows = [], [], []
     for downsample in (2, 4):
         config = LlavaVrConfig(**scale.config, projector_downsample=downsample)
-        window = config.window_size**2
         for tiles in scale.tiles:
             cases = make_cases(config, tiles, device, dtype)
-            title = f"{tiles} tiles, {window} entries"
-            group = {"tiles": tiles, "window": window, "tokens": tiles * config.image_layout.tokens_per_tile}
+            group = {"downsample": downsample, "tiles": tiles, "tokens": len(cases["ours"].inputs[0])}
             for direction, names in (("forward", tuple(cases)), ("backward", TRAINED)):
                 calls = {name: getattr(cases[name], direction) for name in names}
                 least = {name: cases[name].least_bytes[direction] for name in names}
-                group[direction] = measure(calls, least, ceiling, scale.repetitions, f"{direction}, {title}")
+                title = f"{direction}, s = {downsample}, {tiles} tiles"
+                group[direction] = measure(calls, least, ceiling, scale.repetitions, title)
             groups.append(group)
-        lines.append({"window": window, **measure_line(config, scale.line, scale.repetitions, device, dtype)})
-    return {"groups": groups, "lines": lines}
+        lines.append({"downsample": downsample, **measure_line(config, scale.line, scale.repetitions, device, dtype)})
+        for ratio in (1.0, 2.0):
+            sizes = LlavaVrConfig(**scale.config, projector_downsample=downsample, remember_window_ratio=ratio)
+            rows.append(row_sizes(sizes))
+    return {"groups": groups, "lines": lines, "rows": rows}
 
 
 def tables(result: dict[str, Any]) -> list[str]:
@@ -300,25 +264,30 @@ def tables(result: dict[str, Any]) -> list[str]:
                 if "flops" in row
             ]
             way = "forward" if direction == "forward" else "forward and backward"
-            title = (
-                f"{group['tiles']} tiles, {group['tokens']} vision tokens, {group['window']} entries a window, {way}"
-            )
+            title = f"s = {group['downsample']}, {group['tiles']} tiles, {group['tokens']} vision tokens, {way}"
             parts.append(f"{title}:\n\n{markdown_table(header, rows)}")
     rows = [
-        [str(line["window"]), ", ".join(map(str, line["tiles"])), f"{line['deviation']:.1%}"]
+        [str(line["downsample"]), ", ".join(map(str, line["tiles"])), f"{line['deviation']:.1%}"]
         for line in result["lines"]
     ]
-    parts.append(
-        "Ours, linear in vision tokens:\n\n" + markdown_table(["entries", "tiles", "off the line at most"], rows)
-    )
+    parts.append("Ours, linear in vision tokens:\n\n" + markdown_table(["s", "tiles", "off the line at most"], rows))
+    rows = [
+        [
+            *(f"{row[key]:g}" for key in ("downsample", "ratio", "entries")),
+            *(f"{row[key] / 2**10:.1f}" for key in ("bytes", "raw_bytes")),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["s", "ratio", "entries a window", "row (KiB)", "windows of raw features (KiB)"]
+    parts.append("Memory row of a vision token, four modules, bfloat16:\n\n" + markdown_table(header, rows))
     return parts
 
 
 def plots(result: dict[str, Any]) -> dict[str, tuple]:
-    """Panels of time and extra memory against vision tokens, for each size of window."""
+    """Panels of time and extra memory against vision tokens, for each s."""
     panels = {}
-    for window in sorted({group["window"] for group in result["groups"]}):
-        groups = [group for group in result["groups"] if group["window"] == window]
+    for downsample in sorted({group["downsample"] for group in result["groups"]}):
+        groups = [group for group in result["groups"] if group["downsample"] == downsample]
         tokens = [group["tokens"] for group in groups]
         names = [name for name, row in groups[0]["forward"].items() if "flops" in row]
         for label, figure in (
@@ -326,7 +295,7 @@ def plots(result: dict[str, Any]) -> dict[str, tuple]:
             ("extra memory (MB)", lambda row: row["extra_bytes"] / 1e6),
         ):
             curves = {name: (tokens, [figure(group["forward"][name]) for group in groups]) for name in names}
-            panels[f"forward, {window} entries a window: {label}"] = ("vision tokens", label, curves)
+            panels[f"forward, s = {downsample}: {label}"] = ("vision tokens", label, curves)
     return panels
 
 

@@ -1,6 +1,6 @@
 """What bitsandbytes costs and saves: exact match of a checkpoint as it is, in NF4 and in int8; memory of a 2B model.
 
-The answers are to drawn price lists that training never saw, one question of each kind about each, in one run. The
+The questions are about drawn price lists that training never saw, one of each type about each, in one run. The
 memory of weights is counted to the byte from the shapes of `LlavaVrConfig()` on the meta device; the same count stands
 beside the bytes that the quantized checkpoint really holds.
 
@@ -32,7 +32,7 @@ QUANTIZATIONS = {
 
 
 def share_right(model, processor, cases: list[Case], batch_size: int) -> float:
-    """The share of questions that are answered to the letter."""
+    """Exact match."""
     right, _ = measure(model, processor, cases, batch_size)
     return exact_match(right)["receipt"]["all"]
 
@@ -40,9 +40,9 @@ def share_right(model, processor, cases: list[Case], batch_size: int) -> float:
 def counted_bytes(model, kind: str) -> int:
     """Bytes of an unquantized model's weights once its decoder's linear layers are quantized.
 
-    NF4 keeps half a byte a weight, a table of 16 values and a 4-byte scale for each block of 64. Twice quantized, a
-    scale is one byte, and each 256 scales have a 4-byte scale of their own; a table of 256 values and an offset are
-    added. int8 keeps a byte a weight and a 4-byte scale for each row.
+    NF4 keeps half a byte a weight, a table of 16 values and a 4-byte scale for each block of 64. With double
+    quantization a scale is one byte, and each 256 scales have a 4-byte scale of their own; a table of 256 values and an
+    offset are added. int8 keeps a byte a weight and a 4-byte scale for each row.
     """
     quantized, total = set(), 0
     for module in model.model.language_model.modules():

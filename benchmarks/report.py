@@ -16,15 +16,20 @@ from benchmarks.common import RESULTS, markdown_table, show
 
 README = Path(__file__).with_name("README.md")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+TILES = {1: "1 tile", 5: "5 tiles"}
 GPU_OPTIONS = "--device cuda --scale full"
 COMMANDS = {
     "module": (
         "python -m benchmarks.module",
-        "the module alone beside other ways to do the same: time, memory, operations, distance from the ceiling",
+        "the module alone beside other ways to do the same: time, memory, FLOPs, distance from the ceiling",
     ),
     "prefill": (
         "python -m benchmarks.prefill",
         "whole models: encoding, prefill, first token, decode step, memory, cache; with, without, and the peers",
+    ),
+    "prefill-2b": (
+        "python -m benchmarks.prefill --scale 2b",
+        "the same on a CPU at the 2B model's dimensions, beside DeepSeek-VL-7B; 13.4 GB of weights",
     ),
     "prefill-compiled": (
         "python -m benchmarks.prefill --compile",
@@ -43,31 +48,29 @@ COMMANDS = {
 
 @dataclass
 class Figure:
-    """A figure with its bar.
+    """A figure with its target.
 
     Args:
         name: what it is; a ratio is always ours over the other.
-        limit: the bar: at most this.
-        file: of results, without its ending.
-        value: from the file's content, the median and its quartiles or one number; None if it was not measured.
-        devices: where the bar counts.
+        limit: the target: at most this; None where there is none.
+        files: of results, without their ending, for each device that it is measured on.
+        value: from a file's content, the median and its quartiles or one number; None if it was not measured.
     """
 
     name: str
-    limit: float
-    file: str
+    limit: float | None
+    files: dict[str, str]
     value: Callable[[dict[str, Any]], list[float] | float | None]
-    devices: tuple[str, ...] = tuple(DEVICES)
 
 
 def of_module(
-    direction: str, name: str, window: int, ratio: Callable[[dict, dict], Any]
+    direction: str, name: str, downsample: int, ratio: Callable[[dict, dict], Any]
 ) -> Callable[[dict[str, Any]], Any]:
     """A figure of two rows of the module's table at 5 tiles: ours and that of this name."""
 
     def value(result: dict[str, Any]) -> Any:
         for group in result["groups"]:
-            if (group["tiles"], group["window"]) == (5, window):
+            if (group["tiles"], group["downsample"]) == (5, downsample):
                 return ratio(group[direction]["ours"], group[direction][name])
 
     return value
@@ -81,10 +84,10 @@ def memory_ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
     return ours["extra_bytes"] / other["extra_bytes"]
 
 
-def line(window: int) -> Callable[[dict[str, Any]], float | None]:
+def line(downsample: int) -> Callable[[dict[str, Any]], float | None]:
     def value(result: dict[str, Any]) -> float | None:
         for found in result["lines"]:
-            if found["window"] == window and {1, 10} <= set(found["tiles"]):
+            if found["downsample"] == downsample and {1, 10} <= set(found["tiles"]):
                 return found["deviation"]
 
     return value
@@ -118,79 +121,97 @@ def training(stage: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda result: next((run["time_ratio"] for run in result["stages"] if run["stage"] == stage), None)
 
 
+MODULE, TRAINING = (dict.fromkeys(DEVICES, file) for file in ("module", "training"))
+OF_2B = {"cpu": "prefill-2b", "cuda": "prefill"}
 FIGURES = [
+    Figure(
+        "module, windows of ratio 2 over those of ratio 1, 5 tiles, s = 4",
+        1.35,
+        MODULE,
+        of_module("forward", "ours, ratio 1", 4, time_ratio),
+    ),
     *(
         Figure(
-            f"module over global cross attention ({kind}), 5 tiles, {window} entries: {what}",
+            f"module over a decoder layer of Qwen2-1.5B, 5 tiles, s = {s}",
             limit,
-            "module",
-            of_module("forward", f"global ({kind})", window, ratio),
+            MODULE,
+            of_module("forward", "decoder layer", s, time_ratio),
+        )
+        for s, limit in ((2, 0.16), (4, 0.26))
+    ),
+    *(
+        Figure(f"module over {title}, 5 tiles, s = {s}: {way}", limit, MODULE, of_module(key, name, s, time_ratio))
+        for name, title, limit in (
+            ("SVA", "SVA's attention on the same windows", 0.15),
+            ("SVA, ratio 1", "SVA's attention on the regions alone", 0.5),
+            ("SVA layer", "SVA's whole layer on the same windows", 0.5),
+        )
+        for key, way in (("forward", "forward"), ("backward", "forward and backward"))
+        for s in (2, 4)
+    ),
+    *(
+        Figure(
+            f"module over global cross attention, 5 tiles, s = {s}: {what}",
+            limit,
+            MODULE,
+            of_module("forward", "global", s, ratio),
         )
         for what, limit, ratio in (("time", 0.2, time_ratio), ("extra memory", 0.1, memory_ratio))
-        for kind in ("fused", "eager")
-        for window in (4, 16)
+        for s in (2, 4)
     ),
+    *(Figure(f"linearity, 1 to 10 tiles, s = {s}: off the line", 0.05, MODULE, line(s)) for s in (2, 4)),
     *(
         Figure(
-            f"module over {name}, 5 tiles, {window} entries: {way}",
-            0.5,
-            "module",
-            of_module(direction, name, window, time_ratio),
+            f"2B, prefill with four modules over none, {tiles}",
+            1.05,
+            OF_2B,
+            worst("off", stage_ratio("prefill"), count),
         )
-        for name in ("SVA", "SVA layer")
-        for direction, way in (("forward", "forward"), ("backward", "forward and backward"))
-        for window in (4, 16)
+        for count, tiles in TILES.items()
     ),
-    *(
-        Figure(
-            f"module over a decoder layer, 5 tiles, {window} entries",
-            0.6,
-            "module",
-            of_module("forward", "decoder layer", window, time_ratio),
-        )
-        for window in (4, 16)
-    ),
-    *(
-        Figure(f"linearity, 1 to 10 tiles, {window} entries: off the line", 0.05, "module", line(window))
-        for window in (4, 16)
-    ),
-    Figure("prefill with four modules over none, eager", 1.12, "prefill", worst("off", stage_ratio("prefill"))),
     Figure(
-        "prefill with four modules over none, compiled",
-        1.08,
-        "prefill-compiled",
+        "2B, prefill with four modules over none, compiled",
+        1.05,
+        {"cuda": "prefill-compiled"},
         worst("off", stage_ratio("prefill")),
-        ("cuda",),
-    ),
-    Figure("decode step with over without", 1.01, "prefill", worst("off", stage_ratio("decode step"))),
-    *(
-        Figure(
-            f"{stage} over the same backbones uncompressed, 5 tiles",
-            0.5,
-            "prefill",
-            worst("uncompressed", stage_ratio(stage), 5),
-        )
-        for stage in ("prefill", "first token")
     ),
     Figure(
-        "image's part of the cache over the same uncompressed, 5 tiles",
+        "decode step with modules over without",
+        1.01,
+        dict.fromkeys(DEVICES, "prefill"),
+        worst("off", stage_ratio("decode step")),
+    ),
+    *(
+        Figure(
+            f"2B, first token over {title}, {tiles}",
+            limits.get(count),
+            OF_2B,
+            worst(name, stage_ratio("first token"), count),
+        )
+        for name, title, limits in (
+            ("DeepSeek-VL-7B", "DeepSeek-VL-7B", {1: 1 / 3}),
+            ("uncompressed", "the same backbones uncompressed", {5: 0.5}),
+        )
+        for count, tiles in TILES.items()
+    ),
+    Figure(
+        "2B, prefill over the same backbones uncompressed, 5 tiles",
+        0.5,
+        OF_2B,
+        worst("uncompressed", stage_ratio("prefill"), 5),
+    ),
+    Figure(
+        "2B, image's part of the cache over the same uncompressed, 5 tiles",
         0.25,
-        "prefill",
+        OF_2B,
         worst("uncompressed", cache_ratio, 5),
     ),
-    Figure(
-        "first token over DeepSeek-VL-7B",
-        1 / 3,
-        "prefill",
-        worst("DeepSeek-VL-7B", stage_ratio("first token")),
-        ("cuda",),
-    ),
     *(
-        Figure(f"training step with four modules over none, stage {stage}", 1.15, "training", training(stage))
+        Figure(f"training step with four modules over none, stage {stage}", 1.15, TRAINING, training(stage))
         for stage in ("projector", "projector+remember", "lora", "full")
     ),
-    Figure("training: share of time that waits for data", 0.05, "training", lambda r: r["waiting_share"]),
-    Figure("loading: peak memory over the weights", 1.1, "loading", lambda r: r["loading"]["peak_over_file"], ("cpu",)),
+    Figure("training: share of time that waits for data", 0.05, TRAINING, lambda r: r["waiting_share"]),
+    Figure("loading: peak memory over the weights", 1.1, {"cpu": "loading"}, lambda r: r["loading"]["peak_over_file"]),
 ]
 
 
@@ -200,15 +221,16 @@ def load(device: str, file: str, results: Path) -> dict[str, Any] | None:
 
 
 def cell(figure: Figure, device: str, results: Path) -> str:
-    if device not in figure.devices:
+    if device not in figure.files:
         return ""
-    result = load(device, figure.file, results)
+    result = load(device, figure.files[device], results)
     value = None if result is None else figure.value(result)
     if value is None:
         return "open"
     median, text = (value[0], show(value)) if isinstance(value, list) else (value, f"{value:.3g}")
-    sibling = ", 0.5B sibling" if figure.file in ("prefill", "loading") and result["scale"] == "small" else ""
-    return f"{text}, {'holds' if median <= figure.limit else 'missed'}{sibling}"
+    sibling = figure.files[device] in ("prefill", "loading") and result["scale"] == "small"
+    verdict = "" if figure.limit is None else ", met" if median <= figure.limit else ", not met"
+    return text + verdict + ", 0.5B sibling" * sibling
 
 
 def command(file: str, device: str) -> str:
@@ -217,13 +239,14 @@ def command(file: str, device: str) -> str:
     return f"`{COMMANDS[file][0]}{f' {GPU_OPTIONS}{pieces}' if on_gpu else ''}`"
 
 
-def bars(results: Path) -> str:
+def targets(results: Path) -> str:
     header = ["figure", "at most", *DEVICES.values(), "command where open"]
     rows = []
     for figure in FIGURES:
         cells = {device: cell(figure, device, results) for device in DEVICES}
-        missing = [command(figure.file, device) for device, text in cells.items() if text == "open"]
-        rows.append([figure.name, f"{figure.limit:.3g}", *cells.values(), ", ".join(missing)])
+        missing = [command(figure.files[device], device) for device, text in cells.items() if text == "open"]
+        limit = "" if figure.limit is None else f"{figure.limit:.3g}"
+        rows.append([figure.name, limit, *cells.values(), ", ".join(missing)])
     return markdown_table(header, rows)
 
 
@@ -250,7 +273,7 @@ def machines(results: Path) -> str:
 
 def fill(text: str, results: Path) -> str:
     """The text with what stands between the marks of each part written anew."""
-    for part in (commands, bars, machines):
+    for part in (commands, targets, machines):
         mark = part.__name__
         pattern = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"
         text, count = re.subn(pattern, lambda m, part=part: m[1] + part(results) + m[2], text, flags=re.DOTALL)

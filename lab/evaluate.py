@@ -1,6 +1,7 @@
 """Exact match on fresh pictures, through the public API, greedy decoding, one question a chat.
 
     python -m lab.evaluate --model . --n 200 --seed 99                            # fonts and layouts of the test alone
+    python -m lab.evaluate --model . --n 200 --seed 99 --downsample 2                 # with more image tokens
     python -m lab.evaluate --model . --n 1000 --seed 99 --domains receipt --seen  # those of training
 
 One question of each type is asked about every picture. An answer counts only if it is an exact match.
@@ -42,7 +43,9 @@ def draw_cases(seed: int, count: int, held_out: bool, domains: Sequence[str] = t
                 yield Case(name, picture.image, DOMAINS[name].ask(rng, picture.facts, question_type))
 
 
-def encode(model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case]) -> BatchFeature:
+def encode(
+    model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case], downsample: int | None = None
+) -> BatchFeature:
     """A batch of single-turn chats, padded on the left."""
     content = [[{"type": "image", "image": case.image}, {"type": "text", "text": case.turn.question}] for case in cases]
     return processor.apply_chat_template(
@@ -51,7 +54,7 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case])
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"padding": True},
+        processor_kwargs={"padding": True, "projector_downsample": downsample},
     ).to(model.device)
 
 
@@ -63,7 +66,12 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeatu
 
 
 def measure(
-    model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case], batch_size: int = 70, answer=answer
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    cases: list[Case],
+    batch_size: int = 70,
+    answer=answer,
+    downsample: int | None = None,
 ) -> tuple[dict[str, dict[str, str]], list[tuple[Case, str]]]:
     """
     Asks all cases.
@@ -76,7 +84,7 @@ def measure(
     misses = []
     for first in tqdm(range(0, len(cases), batch_size), desc="questions", unit="batch"):
         batch = cases[first : first + batch_size]
-        for case, said in zip(batch, answer(model, processor, encode(model, processor, batch))):
+        for case, said in zip(batch, answer(model, processor, encode(model, processor, batch, downsample))):
             by_type, is_right = right.setdefault(case.domain, {}), said == case.turn.answer
             by_type[case.turn.question_type] = by_type.get(case.turn.question_type, "") + str(int(is_right))
             if not is_right:
@@ -111,6 +119,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--seen", action="store_true", help="fonts and layouts of training, not those held out")
     parser.add_argument("--batch-size", type=int, default=70)
+    parser.add_argument("--downsample", type=int, help="s, one of the model's choices (default: its own)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument("--misses", type=int, default=0, help="print this many wrong answers (default 0)")
@@ -120,11 +129,12 @@ def main() -> None:
 
     start = time.perf_counter()
     cases = list(draw_cases(args.seed, args.n, not args.seen, args.domains))
-    right, misses = measure(model, processor, cases, args.batch_size)
+    right, misses = measure(model, processor, cases, args.batch_size, downsample=args.downsample)
     result = {
         "exact": exact_match(right),
         "pictures": args.n,
         "seed": args.seed,
+        "downsample": args.downsample or processor.projector_downsample,
         "fonts and layouts": "of training" if args.seen else "held out",
         "seconds": round(time.perf_counter() - start),
         **describe_machine(),

@@ -23,7 +23,7 @@ class Experiment:
         projector, downsample: as in the configuration; s x s patches become one token. With mlp it is uncompressed.
         module: one of `baselines.MODULES`, or "none", or "wide" for a wider projector instead.
         layers, levels, ratio, key_value_heads: of the module; None for those of the configuration file.
-        choices: `projector_downsample_choices`.
+        choices: `projector_downsample_choices`, which take turns in training; None for `downsample` alone.
         schedule: one of `SCHEDULES`; "retrained" is the uncompressed model trained as the compressed ones are.
     """
 
@@ -52,7 +52,7 @@ class Experiment:
 
 UNCOMPRESSED = Experiment("mlp", 1)
 UNCOMPRESSED_RETRAINED = replace(UNCOMPRESSED, schedule="retrained")
-NANO = Experiment("avg_pool", 3, "ours", ratio=2.0, choices=(2, 3))  # what the root of the repository holds
+NANO = Experiment("avg_pool", 3, "ours", ratio=2.0, choices=(2, 3, 4))  # what the root of the repository holds
 PAIRS = [Experiment(p, s, module) for s in (4, 2) for p in PROJECTORS for module in ("none", "ours")]
 REFERENCE = Experiment("avg_pool", 4, "ours")
 BASELINES = [replace(REFERENCE, module=module) for module in ("wide", "deepstack", "sva", "global")]

@@ -31,7 +31,7 @@ DATA_SEED = 11  # every experiment and seed has the same pictures in the same or
 
 class Dialogues(Dataset):
     """
-    Tokenized dialogues about pictures; the loss is taken on the answers.
+    Tokenized dialogues about pictures, the processor's choices of s in turn; the loss is taken on the answers.
 
     Args:
         draw: gives the picture of an index and the turns about it.
@@ -40,22 +40,26 @@ class Dialogues(Dataset):
 
     def __init__(self, processor: LlavaVrProcessor, draw: Callable[[int], tuple[Image.Image, list[Turn]]], length: int):
         self.tokenizer, self.draw, self.length = processor.tokenizer, draw, length
-        self.image = IMAGE * processor.image_layout.num_tokens(None, processor.projector_downsample)
+        self.downsamples = processor.projector_downsample_choices or [processor.projector_downsample]
+        self.images = {s: IMAGE * processor.image_layout.num_tokens(None, s) for s in self.downsamples}
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         image, turns = self.draw(index)
-        parts = []
+        downsample = self.downsamples[index % len(self.downsamples)]
+        placeholders, parts = self.images[downsample], []
         for turn in turns:
-            parts += [f"{USER}{self.image if not parts else ''}{turn.question}{END}{ASSISTANT}", f"{turn.answer}{END}"]
+            parts += [f"{USER}{placeholders}{turn.question}{END}{ASSISTANT}", f"{turn.answer}{END}"]
+            placeholders = ""
         pieces = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
         labels = [token if number % 2 else -100 for number, piece in enumerate(pieces) for token in piece]
         return {
             "input_ids": torch.tensor(sum(pieces, [])),
             "labels": torch.tensor(labels),
             "pixel_values": torch.from_numpy(pixels(image)),
+            "image_downsamples": torch.tensor(downsample),
         }
 
     def collate(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -69,7 +73,7 @@ class Dialogues(Dataset):
             "input_ids": input_ids,
             "attention_mask": (input_ids != self.tokenizer.pad_token_id).long(),
             "labels": pad("labels", -100),
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+            **{name: torch.stack([s[name] for s in samples]) for name in ("pixel_values", "image_downsamples")},
         }
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import common, loading, module, prefill, report  # noqa: E402
 from llava_vr import LlavaVrConfig  # noqa: E402
-from llava_vr.modeling_llava_vr import VisionRemember  # noqa: E402
+from llava_vr.layout_llava_vr import cut_windows  # noqa: E402
 
 
 CPU = torch.device("cpu")
@@ -136,32 +137,35 @@ def config():
     return LlavaVrConfig(**TINY)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_global_attention_under_the_mask_is_ours(config, fused):
+def test_ours_on_the_grid_is_the_model_s(config):
+    """A module over the grid, and the same module called as the model calls it, with windows of raw features."""
     torch.manual_seed(0)
-    ours, other = VisionRemember(config), module.GlobalAttention(config, fused)
-    for parameter in ours.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    torch.nn.init.zeros_(ours.window_bias)
-    for name, parameter in ours.named_parameters():
-        if "memory_norm" in name:
-            torch.nn.init.constant_(parameter, float("weight" in name))
-    other.load_state_dict(ours.state_dict(), strict=False)
-    cases = module.make_cases(config, 2, CPU, torch.float32)
-    hidden_states, memory, valid = cases["ours"].inputs
-    memory = F.layer_norm(memory.unflatten(-1, (3, 32)), (32,)).flatten(-2)  # normed already
-    mask = cases["global (fused)"].inputs[2]
-    expected, _ = ours(hidden_states, memory, valid)
-    torch.testing.assert_close(other(hidden_states, memory, mask), expected, rtol=0, atol=1e-4)
+    case = module.make_cases(config, 2, CPU, torch.float32)["ours"]
+    (hidden_states, memory), ours = case.inputs, case.module.module
+    windows = cut_windows(memory, 2, 4).flatten(0, 1)
+    present = cut_windows(torch.ones_like(memory[..., :1]), 2, 4).flatten(0, 1)[..., 0] > 0
+    expected, _ = ours(hidden_states, ours(windows), present)
+    torch.testing.assert_close(case.forward(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SVA", "SVA layer", "DeepStack"])
-def test_peers_read_only_their_own_window(config, name):
+SEEN_FROM_5 = {"ours": 4, "SVA": 4, "SVA layer": 4, "ours, ratio 1": 1, "SVA, ratio 1": 1, "DeepStack": 1, "global": 16}
+
+
+@pytest.mark.parametrize("name", SEEN_FROM_5)
+def test_peers_read_what_they_say(config, name):
+    """A patch in the middle is in one region and four windows of twice the side."""
+    torch.manual_seed(0)
     case = module.make_cases(config, 1, CPU, torch.float32)[name]
-    before = module.update(case.forward()).clone()
-    case.inputs[1][5, 2].normal_()
-    changed = (module.update(case.forward()) != before).any(-1)
-    assert changed.nonzero().flatten().tolist() == [5]
+    before = case.forward()
+    case.inputs[1][0, 3, 4].normal_()
+    assert ((case.forward() - before).abs().amax(-1) > 1e-7).sum() == SEEN_FROM_5[name]
+
+
+def test_row_sizes_of_the_2b_model():
+    sizes = [module.row_sizes(LlavaVrConfig(projector_downsample=s)) for s in (2, 4)]
+    assert [size["entries"] for size in sizes] == [16, 64]
+    assert [size["bytes"] for size in sizes] == [32 * 2**10 + 2 * 16, 128 * 2**10 + 2 * 64]  # with presence
+    assert [size["raw_bytes"] for size in sizes] == [96 * 2**10, 384 * 2**10]
 
 
 def test_least_bytes_count_each_tensor_once(config):
@@ -177,14 +181,21 @@ def test_deviation_from_a_line():
 def test_module_runs(run_command):
     scale = module.Scale(tiles=(1, 2), line=(1, 2, 3), repetitions=2, config=TINY, ceiling=64)
     result, table = run_command(module, scale, "--device", "cpu")
-    assert [(group["tokens"], group["window"]) for group in result["groups"]] == [(16, 4), (32, 4), (4, 16), (8, 16)]
+    groups = [(group["tokens"], group["downsample"]) for group in result["groups"]]
+    assert groups == [(16, 2), (32, 2), (4, 4), (8, 4)]
     for group in result["groups"]:
         forward, backward = group["forward"], group["backward"]
         assert set(backward) == {*module.TRAINED, "matrix product", "copy"}
         assert backward["ours"]["flops"] > 1.9 * forward["ours"]["flops"]
-        assert forward["global (eager)"]["extra_bytes"] > forward["global (fused)"]["extra_bytes"]
-        assert forward["global (eager)"]["flops"] == forward["global (fused)"]["flops"]
+        for name in ("ours", "SVA"):
+            assert forward[f"{name}, ratio 1"]["flops"] < forward[name]["flops"]
     assert result["lines"][0]["tokens"] == [16, 32, 48]
+    assert [(row["downsample"], row["ratio"], row["entries"]) for row in result["rows"]] == [
+        (2, 1, 4),
+        (2, 2, 16),
+        (4, 1, 16),
+        (4, 2, 64),
+    ]
     assert table.count("| ours |") == 8
 
 
@@ -204,7 +215,7 @@ def scale(monkeypatch):
         "OneVision-0.5B": {**onevision, "image_token_index": 98},
     }
     monkeypatch.setattr(prefill, "PEERS", {name: (*prefill.PEERS[name][:2], sizes) for name, sizes in tiny.items()})
-    return prefill.Scale((1, 5), (2,), (8,), repetitions=2, steps=3, config=TINY, peers=tuple(tiny))
+    return prefill.Scale((1, 5), (2,), (8,), repetitions=2, warmup=1, steps=3, config=TINY, peers=tuple(tiny))
 
 
 def test_whole_models_run_and_go_on(scale, run_command):
@@ -212,11 +223,14 @@ def test_whole_models_run_and_go_on(scale, run_command):
     assert [case["tiles"] for case in first["cases"]] == [1]  # one at least, however short the time
     result, table = run_command(prefill, scale, "--device", "cpu")
     assert result["cases"][0] == first["cases"][0] and len(result["cases"]) == 2
-    assert table.count("| uncompressed |") == 2
+    assert table.count("| uncompressed |") == 2 and result["sharing"] is None
+    assert "| 5 | 4 | " in table.split("the number of tokens is the caller's choice")[1]
     one, five = (case["models"] for case in result["cases"])
     assert {name: row["image_tokens"] for name, row in one.items()} == {
         "ours": 16,
         "off": 16,
+        "ours, s = 1": 64,
+        "ours, s = 4": 4,
         "uncompressed": 64,
         "DeepSeek-VL-7B": 16,
         "OneVision-0.5B": 16 + 4 * 5,
@@ -224,6 +238,7 @@ def test_whole_models_run_and_go_on(scale, run_command):
     assert (five["ours"]["image_tokens"], five["uncompressed"]["image_tokens"]) == (16 + 8 * 9, 64 + 16 * 17)
     assert one["ours"]["image_cache_bytes"] == 2 * 16 * 4 * 2 * (2 * 8) * 4  # rows, tokens, layers, both, width, float
     assert one["ours"]["prefill_flops"] > one["off"]["prefill_flops"]
+    assert one["ours, s = 1"]["prefill_flops"] > one["uncompressed"]["prefill_flops"]  # it projects its memory
     assert one["ours"]["weights_bytes"] > one["off"]["weights_bytes"] == five["uncompressed"]["weights_bytes"]
     for row in one.values():
         first_token, parts = row["first token"]["ms"], (row["encode"]["ms"], row["prefill"]["ms"])
@@ -236,6 +251,44 @@ def test_the_same_backbones_share_their_weights(scale):
         models[name].model.language_model.embed_tokens.weight.data_ptr() for name in ("off", "Llava", "LlavaNext")
     ]
     assert places == 3 * [models["ours"].model.language_model.embed_tokens.weight.data_ptr()]
+
+
+@torch.no_grad()
+def test_prefill_from_recorded_towers_is_the_whole_s(scale):
+    for name, model in prefill.make_models(scale, CPU, torch.float32).items():
+        run = prefill.Run(model, prefill.pictures(model, 1 if name == "Llava" else 5, 2, 64), 2, 8)
+        caches = []
+        for call in (run.first_token, run.prefill, run.prefill, run.first_token):
+            call()
+            caches.append(run.cache.layers[-1].keys)
+        assert all(torch.equal(cache, caches[0]) for cache in caches), name
+        assert run.calls and not any("forward" in vars(tower) for tower, *_ in run.calls)
+
+
+@torch.no_grad()
+def test_layers_that_share_weights_are_layers(scale):
+    shared, separate = (prefill.make_peer("DeepSeek-VL-7B", share, CPU, torch.float32) for share in (True, False))
+    decoders = [model.model.language_model for model in (shared, separate)]
+    separate.load_state_dict(shared.state_dict())
+    assert sum(p.numel() for p in decoders[0].layers.parameters()) * 4 == sum(
+        p.numel() for p in decoders[1].layers.parameters()
+    )
+    caches = []
+    for model in (shared, separate):
+        run = prefill.Run(model, prefill.pictures(model, 1, 1, 32), 1, 8)
+        run.pictures = {key: torch.ones_like(value) for key, value in run.pictures.items()}
+        run.first_token()
+        run.decode()
+        caches.append([layer.keys for layer in run.cache.layers])
+    assert len(caches[0]) == 4
+    torch.testing.assert_close(caches[0], caches[1])
+
+
+def test_sharing_weights_is_timed_where_it_is_done(scale, run_command):
+    scale = replace(scale, tiles=(1,), peers=("DeepSeek-VL-7B",), share_layers=True)
+    result, table = run_command(prefill, scale, "--device", "cpu")
+    assert set(result["sharing"]) == {"decoder", "layers", "shared", "separate"}
+    assert "4 layers of DeepSeek-VL-7B's decoder" in table
 
 
 def test_results_of_other_settings_are_not_mixed(scale, tmp_path):
@@ -296,18 +349,22 @@ def test_report_fills_what_was_measured(tmp_path):
             },
         }
 
-    written = {**common.head("full", CPU), "cases": [case(5, 1.05), case(10, 1.3)], "seconds": 120}
-    common.write_json(tmp_path / "cpu" / "prefill.json", written)
-    marks = "".join(f"<!-- {part} -->\nstale\n<!-- end of {part} -->\n" for part in ("commands", "bars", "machines"))
+    written = {**common.head("2b", CPU), "cases": [case(1, 1.3), case(5, 1.04), case(10, 2.0)], "seconds": 120}
+    common.write_json(tmp_path / "cpu" / "prefill-2b.json", written)
+    marks = "".join(f"<!-- {part} -->\nstale\n<!-- end of {part} -->\n" for part in ("commands", "targets", "machines"))
     text = report.fill(f"before\n{marks}after\n", tmp_path)
     assert text.startswith("before") and text.endswith("after\n") and "stale" not in text
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("|")}
-    assert "| 1.12 | 1.3 (0.9 to 2), missed | open |" in rows["prefill with four modules over none, eager"]
-    for stage in ("prefill", "first token"):
-        assert "0.263 (0.1 to 0.3), holds" in rows[f"{stage} over the same backbones uncompressed, 5 tiles"]
-    assert "| 0.25, holds | open |" in rows["image's part of the cache over the same uncompressed, 5 tiles"]
-    assert "--device cuda" in rows["first token over DeepSeek-VL-7B"]
-    assert "2 min (CPU, full)" in rows["`python -m benchmarks.prefill`"]
+    assert "| 1.05 | 1.3 (0.9 to 2), not met | open |" in rows["2B, prefill with four modules over none, 1 tile"]
+    assert "| 1.05 | 1.04 (0.9 to 2), met | open |" in rows["2B, prefill with four modules over none, 5 tiles"]
+    assert "|  | open | " in rows["2B, prefill with four modules over none, compiled"].replace("1.05", "")
+    backbones = "the same backbones uncompressed"
+    assert "|  | 0.325 (0.1 to 0.3) | open |" in rows[f"2B, first token over {backbones}, 1 tile"]
+    assert "| 0.5 | 0.26 (0.1 to 0.3), met | open |" in rows[f"2B, first token over {backbones}, 5 tiles"]
+    assert "| 0.25, met | open |" in rows["2B, image's part of the cache over the same uncompressed, 5 tiles"]
+    assert "--device cuda" in rows["2B, first token over DeepSeek-VL-7B, 1 tile"]
+    assert "--scale 2b`" in rows["2B, first token over DeepSeek-VL-7B, 5 tiles"]
+    assert "2 min (CPU, 2b)" in rows["`python -m benchmarks.prefill --scale 2b`"]
     assert report.fill(text, tmp_path) == text
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from lab.baselines import MODULES, FastV, GlobalCrossAttention, SvaLayer  # noqa
 from lab.data import charts, ocr, receipts, shapes, tables  # noqa: E402
 from lab.data.dense_labels import CANVAS, COLOURS, LABEL_TYPES, PLANES, Labels  # noqa: E402
 from lab.data.drawing import FONTS, HELD_OUT_FONTS, Canvas, Turn, generator  # noqa: E402
-from lab.data.samples import DOMAINS, draw_dialogue, draw_sample  # noqa: E402
+from lab.data.samples import DOMAINS, SHARES, draw_dialogue, draw_sample  # noqa: E402
 from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
 from lab.experiments import (  # noqa: E402
     ALL_EXPERIMENTS,
@@ -41,7 +42,7 @@ from lab.nano import make_processor  # noqa: E402
 from lab.report import Score, difference, gain_table, gains, load, section_from_nano, targets_table  # noqa: E402
 from lab.run_experiments import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
-from lab.train_vlm import processor_of, start_of, training_of  # noqa: E402
+from lab.train_vlm import Dialogues, draw_turns, processor_of, start_of, training_of  # noqa: E402
 from lab.training import train  # noqa: E402
 from llava_vr import LlavaVrConfig  # noqa: E402
 
@@ -333,6 +334,16 @@ def test_attention_on_vision_is_a_share(uncompressed, processors):
     assert len(shares) == 5 and all(0 < share < 1 for share in shares)
 
 
+def test_dialogues_take_the_choices_of_s_in_turn(tower):
+    processor = make_processor(["What is the value of a?"] * 50, 4, (2, 4))
+    data = Dialogues(processor, partial(draw_turns, shares=SHARES), 2)
+    model = make_model(Experiment("avg_pool", 4, "ours", choices=(2, 4)), tower, processor.tokenizer, 0)
+    image, batch = model.config.image_token_id, data.collate([data[0], data[1]])
+    assert batch["image_downsamples"].tolist() == [2, 4]
+    assert (batch["input_ids"] == image).sum(1).tolist() == [36, 9]
+    assert (batch["labels"] == image).sum() == 0 and model(**batch).loss.isfinite()
+
+
 def test_interrupted_training_ends_where_the_uninterrupted_does(tower, tmp_path):
     def fresh():
         torch.manual_seed(0)
@@ -357,7 +368,7 @@ def test_nano_checkpoint_is_the_nano_experiment():
     own = [name for name in built.to_dict() if name.startswith(("remember", "projector", "vision_feature"))]
     own += ["image_merge_type", "image_aspect_ratio"]
     assert {name: getattr(built, name) for name in own} == {name: getattr(stored, name) for name in own}
-    assert processor.projector_downsample_choices == built.projector_downsample_choices == [2, 3]
+    assert processor.projector_downsample_choices == built.projector_downsample_choices == [2, 3, 4]
 
 
 def test_an_exported_folder_leaves_lengths_and_caching_to_its_caller(uncompressed, processors, tmp_path):

@@ -5,9 +5,11 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlavaNextProcessor, LlavaOnevisionProcessor
+import torch.nn.functional as F
+from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaOnevisionProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
@@ -104,12 +106,12 @@ def test_num_tokens_without_unpadding(merge_type):
 
 
 @pytest.mark.parametrize(
-    "size, tokens",
-    [((336, 336), 144 + 1), ((336, 672), 3 * 145), ((1008, 672), 7 * 145), ((1, 1), 144 + 1)],
+    "size, tiles", [((336, 336), 1), ((336, 672), 3), ((1008, 672), 7), ((1, 1), 1), ((400, 400), 5), ((2000, 1), 7)]
 )
-def test_num_tokens_of_slices(size, tokens):
-    """A separator after each tile; the base tile counts where there is more than one other."""
-    assert layout_for("slices", ONEVISION_PINPOINTS).num_tokens(size, 2) == tokens
+def test_num_tokens_of_slices(size, tiles):
+    """A separator after each tile; there is a base tile where there is more than one other."""
+    layout = layout_for("slices", ONEVISION_PINPOINTS)
+    assert (layout.num_tiles(size), layout.num_tokens(size, 2)) == (tiles, tiles * 145)
 
 
 @pytest.mark.parametrize("ratio", ["pad", "square"])
@@ -239,7 +241,7 @@ def test_tokens_stand_in_their_order(merge_type, size):
         expected = []
         for row in range(rows):
             for column in range(columns):
-                tile = numbers[1 + row * columns + column]
+                tile = numbers[(rows * columns > 1) + row * columns + column]
                 expected += [n for line in tile for n in line] + [-1 if column < columns - 1 else -2]
         expected += [*base, -2] if rows * columns > 1 else []
     assert layout.pack(tiles, size, torch.tensor([[-1], [-2]])).flatten().tolist() == expected
@@ -248,3 +250,109 @@ def test_tokens_stand_in_their_order(merge_type, size):
 def test_one_tile_is_packed_as_it_is():
     tiles = torch.randn(1, 144, 3)
     assert torch.equal(ImageLayout(336, 24).pack(tiles, None, None), tiles[0])
+
+
+# -------------------------------------------------------------------------------------------------- TokenPacker's tiles
+
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+PICTURES = [  # (height, width): small and large, of every aspect up to 1 to 12
+    *((40, 40), (40, 90), (90, 40), (100, 101), (150, 200), (200, 150), (224, 224), (240, 320), (300, 100), (100, 300)),
+    *((335, 337), (336, 336), (337, 335), (336, 672), (672, 336), (240, 340), (476, 475), (400, 400), (426, 640)),
+    *((480, 640), (640, 480), (500, 375), (500, 333), (612, 612), (700, 70), (70, 700), (720, 1280), (1280, 720)),
+    *((768, 1024), (1024, 768), (1008, 1008), (900, 300), (300, 900), (1080, 810), (1200, 100), (100, 1200)),
+    *((1500, 1000), (1111, 777), (1344, 1344), (1754, 1240)),
+]
+
+
+def slice_pinpoints(patch_num):
+    """At most `patch_num` tiles, and nine in a line."""
+    sides = range(1, patch_num + 1)
+    tilings = [(r, c) for r in sides for c in sides if r * c <= patch_num and (min(r, c) > 1 or r + c <= 10)]
+    return [[336 * rows, 336 * columns] for rows, columns in tilings]
+
+
+def expected_tiling(height, width, pinpoints):
+    """TokenPacker's choice in its own precision, float32, from the smallest tiling up.
+
+    The share of a tiling that the image covers once it is resized to fit, and a tenth of the intersection over union of
+    the tiling and the image at 1.4 times its size.
+    """
+    tilings = torch.tensor(sorted(pinpoints, key=math.prod), dtype=torch.float32)  # (tilings, 2)
+    image, areas = torch.tensor([height, width], dtype=torch.float32), tilings.prod(1)
+    fitted = torch.round(image * (tilings / image).min(1, keepdim=True).values)
+    enlarged = image * 1.4
+    intersection = torch.minimum(tilings, enlarged).prod(1)
+    union = areas + enlarged.prod() - intersection
+    chosen = tilings[torch.argmax(fitted.prod(1) / areas + 0.1 * intersection / union)]
+    return tuple((chosen / 336).int().tolist())
+
+
+def expected_tiles(pixels, pinpoints):
+    """The tiles of a picture (3, height, width) of 0 to 255, the base tile last, as TokenPacker's code makes them."""
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    image = (torch.from_numpy(pixels) / 255 - mean) / std
+    height, width = image.shape[1:]
+    rows, columns = expected_tiling(height, width, pinpoints)
+
+    def place(picture, max_height, max_width):
+        if max_height / height <= max_width / width:
+            size = max_height, min(max_width, round(width * (max_height / height)))
+        else:
+            size = min(max_height, round(height * (max_width / width))), max_width
+        canvas = torch.zeros(3, max_height, max_width)
+        canvas[:, : size[0], : size[1]] = F.interpolate(picture[None], size=size, mode="bilinear")[0]
+        return canvas
+
+    whole = place(image, 336 * rows, 336 * columns)
+    tiles = [
+        whole[:, 336 * row : 336 * row + 336, 336 * column : 336 * column + 336]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return torch.stack(tiles + [place(whole, 336, 336)] * (len(tiles) > 1))
+
+
+@pytest.mark.parametrize("patch_num", [9, 16, 25])
+def test_tilings_are_token_packers(patch_num):
+    pinpoints = slice_pinpoints(patch_num)
+    layout = layout_for("slices", pinpoints)
+    assert len(PICTURES) == len(set(PICTURES)) == 40
+    for size in [*PICTURES, *image_sizes(2000, seed=patch_num)]:
+        assert layout.tiling(size) == expected_tiling(*size, pinpoints), size
+
+
+@pytest.mark.parametrize("patch_num", [9, 25])
+def test_tiles_are_token_packers(patch_num):
+    """Within 1e-5, of values between -1.8 and 2.2; a step of 8 bits is 0.015."""
+    pinpoints = slice_pinpoints(patch_num)
+    layout, generator = layout_for("slices", pinpoints), np.random.default_rng(patch_num)
+    size = {"shortest_edge": 336}
+    image_processor = LlavaNextImageProcessorPil(size=size, crop_size=336, image_grid_pinpoints=pinpoints)
+    for height, width in PICTURES:
+        pixels = generator.integers(0, 256, (3, height, width), dtype=np.uint8)
+        expected = expected_tiles(pixels, pinpoints)
+        found = layout.process([pixels], image_processor, return_tensors="pt")["pixel_values"][0]
+        assert found.shape == expected.shape == (layout.num_tiles((height, width)), 3, 336, 336)
+        torch.testing.assert_close(found.roll(-1, 0), expected, rtol=0, atol=1e-5)
+
+
+def test_tiles_of_several_pictures():
+    """Each as by itself, filled up with empty tiles; the fields of the image processor count, and arguments before."""
+    layout = layout_for("slices", slice_pinpoints(9))
+    options = {"size": {"shortest_edge": 336}, "crop_size": 336, "image_grid_pinpoints": slice_pinpoints(9)}
+    image_processor = LlavaNextImageProcessorPil(**options, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    images = [np.full((3, *size), 51, dtype=np.uint8) for size in ((300, 300), (300, 650))]
+    found = layout.process(images, image_processor)["pixel_values"]
+    assert isinstance(found, np.ndarray) and found.shape == (2, 3, 3, 336, 336)
+    assert np.allclose(found[0, 0], (0.2 - 0.5) / 0.25, atol=1e-6) and not found[0, 1:].any()
+    assert np.array_equal(found[1], layout.process(images[1:], image_processor)["pixel_values"][0])
+    raw = layout.process(images[:1], image_processor, return_tensors="pt", do_rescale=False, do_normalize=False)
+    assert torch.allclose(raw["pixel_values"], torch.tensor(51.0))
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 1)])
+def test_a_thin_picture_keeps_a_pixel(size):
+    layout = layout_for("slices", slice_pinpoints(9))
+    tiles = layout.cut_tiles(torch.ones(3, *size))
+    assert len(tiles) == layout.num_tiles(size) and (tiles.flatten(1).max(1).values > 0).sum() > len(tiles) // 2

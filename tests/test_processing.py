@@ -19,6 +19,7 @@ import transformers
 from packaging import version
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, LlavaNextProcessor, LlavaProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor, processing_llava_vr
 
@@ -182,6 +183,18 @@ def test_pixels_equal_llava(tiny_config, processor_for, backend, mode):
     expected, found = theirs(**inputs), ours(**inputs)
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
     assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_of_slices_are_the_layouts(tiny_config, processor_for, backend, size):
+    processor, image = processor_for(tiny_config(**MODES["slices"]), backend), random_image(*size)
+    found = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+    pixels = (torch.from_numpy(channels_first(image)) / 255).double()
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    expected = processor.image_layout.cut_tiles((pixels - mean) / std)[None]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    in_unit_range = processor(images=pixels, text="<image>", return_tensors="pt", do_rescale=False)["pixel_values"]
+    torch.testing.assert_close(in_unit_range, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["anyres", "pad", "square", "siglip_square"])

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from builders import ANYRES, check, load, make_decoder, make_llava, make_tokenpacker, randomize, theirs
+from builders import ANYRES, check, load, make_decoder, make_llava, randomize, theirs
+from llava_vr.conversion import plan
 from llava_vr.conversion.readers import ConversionError
 from llava_vr.conversion.verify import verify
 from llava_vr.convert_weights import convert
@@ -61,11 +62,12 @@ def sources(tmp_path, clip_folder, save_tokenizer):
         make_decoder().save_pretrained(tmp_path / "source")
         return tmp_path / "source", {"vision_tower": clip_folder, "remember_layers": [0]}
 
-    def tokenpacker():
-        return make_tokenpacker(tmp_path / "tower").save(tmp_path / "source"), {}
+    def flat_tiles():
+        source = make_llava(**{**ANYRES, "mm_patch_merge_type": "flat"})
+        return source.save(tmp_path / "source"), {"vision_tower": clip_folder}
 
     kinds = {function.__name__: function for function in (llava_next, llava_vr, research, stage_1, research_adapter)}
-    kinds |= {function.__name__: function for function in (parts, tokenpacker)}
+    kinds |= {function.__name__: function for function in (parts, flat_tiles)}
     kinds["research in .bin, with a tower"] = lambda: research("bin", with_tower=True)
 
     def make(kind):
@@ -108,7 +110,7 @@ def test_two_tensors_in_each_other_s_place(kind, sources, tmp_path):
     assert verify(tmp_path / "out", result.source, result.plan) == result.verified
 
 
-@pytest.mark.parametrize(("kind", "left"), [("parts", None), ("tokenpacker", "projector")])
+@pytest.mark.parametrize(("kind", "left"), [("parts", None), ("flat_tiles", "projector")])
 def test_parts_are_compared_where_nothing_does_all_that_the_result_does(kind, left, sources, tmp_path):
     folder, options = sources(kind)
     result = convert(folder, tmp_path / "out", verify=True, **options)
@@ -156,3 +158,19 @@ def test_vocabulary_that_grows(tmp_path, clip_folder, save_tokenizer):
     save_tokenizer(folder, without_image=True)
     result = check(source, folder, tmp_path / "out", vision_tower=clip_folder, verify=True)
     assert result.plan.config.text_config.vocab_size == 320 and "logits as LlavaNext" in result.verified
+
+
+def test_verify_finds_other_logits(tmp_path, save_tokenizer, monkeypatch):
+    source = randomize(theirs("llava_next"))
+    source.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    build = plan.TensorBuilder.build
+
+    def swapped(self, step):
+        tensor = build(self, step)
+        return tensor.flip(0) if step.target.endswith("layers.1.mlp.down_proj.weight") else tensor
+
+    monkeypatch.setattr(plan.TensorBuilder, "build", swapped)
+    with pytest.raises(ConversionError, match="logits differ from those of LlavaNextForConditionalGeneration"):
+        convert(tmp_path / "source", tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
