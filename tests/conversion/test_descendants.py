@@ -9,7 +9,9 @@ from transformers import AutoProcessor, CLIPVisionModel
 
 from builders import (
     IMAGE_ID,
+    PATCH,
     TEXT,
+    TILE,
     VISION,
     Research,
     check,
@@ -17,7 +19,6 @@ from builders import (
     linear,
     make_clip,
     make_decoder,
-    make_tokenpacker,
     mlp_shapes,
     random_tensors,
     randomize,
@@ -26,6 +27,50 @@ from builders import (
 )
 from llava_vr.conversion import sources
 from llava_vr.convert_weights import convert
+
+
+def make_tokenpacker(clip_folder, scale=2, kind=Research, **config):
+    """Its levels are hidden states 12, 16, 22 and 23 of the tower that is saved in `clip_folder`."""
+    width, heads = 256, 2
+    tower, decoder = make_clip(hidden_size=width, num_hidden_layers=24, intermediate_size=32), make_decoder()
+    tower.save_pretrained(clip_folder)
+    shapes = {
+        "q_proj_1.weight": (width, width),
+        "clip_attn.in_proj_weight": (3 * width, width),
+        "clip_attn.in_proj_bias": (3 * width,),
+        "clip_attn.out_proj.weight": (width, width),
+        "clip_attn.out_proj.bias": (width,),
+        **mlp_shapes("k_proj_1.0", "k_proj_1.2", 4 * width, width, width),
+        **mlp_shapes("v_proj_1.0", "v_proj_1.2", 4 * width, width, width),
+        **mlp_shapes("mlp.0", "mlp.2", width, TEXT["hidden_size"], TEXT["hidden_size"]),
+        **{f"ln_{k}_1.{name}": (width,) for k in "qkv" for name in ("weight", "bias")},
+    }
+    projector = {name: tensor / 4 if tensor.ndim == 2 else tensor for name, tensor in random_tensors(shapes).items()}
+
+    def norm(x, weights, name):
+        return torch.nn.functional.layer_norm(x, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def project(states, weights):
+        grid, tokens = TILE // PATCH, TILE // PATCH // scale
+        levels = torch.cat([states[level] for level in (12, 16, 22, 23)], dim=-1)
+        key = norm(gelu_mlp(levels, weights, "k_proj_1.0", "k_proj_1.2"), weights, "ln_k_1")
+        value = norm(gelu_mlp(levels, weights, "v_proj_1.0", "v_proj_1.2"), weights, "ln_v_1")
+        centre = states[-2].transpose(1, 2).unflatten(2, (grid, grid))
+        centre = torch.nn.functional.interpolate(centre, (tokens, tokens), mode="bilinear").flatten(2).transpose(1, 2)
+        query = norm(linear(centre, weights, "q_proj_1"), weights, "ln_q_1")
+        attention = torch.nn.MultiheadAttention(width, heads)
+        attention.load_state_dict({k[10:]: v for k, v in weights.items() if k.startswith("clip_attn.")})
+        found = []
+        for token in range(tokens**2):
+            top, left = (scale * i for i in divmod(token, tokens))
+            region = [(top + i) * grid + left + j for i in range(scale) for j in range(scale)]
+            q, k, v = (x.transpose(0, 1) for x in (query[:, [token]], key[:, region], value[:, region]))
+            found.append(attention(q, k, v)[0].transpose(0, 1))
+        return gelu_mlp(torch.cat(found, dim=1), weights, "mlp.0", "mlp.2")
+
+    values = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_select_layer": -2}
+    values |= {"scale_factor": scale, "image_aspect_ratio": "pad", "mm_vision_tower": str(clip_folder)}
+    return kind(tower, decoder, projector, project, **{**values, **config})
 
 
 @pytest.mark.parametrize("scale", [2, 4])

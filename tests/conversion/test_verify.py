@@ -164,13 +164,13 @@ def test_verify_finds_other_logits(tmp_path, save_tokenizer, monkeypatch):
     source = randomize(theirs("llava_next"))
     source.save_pretrained(tmp_path / "source")
     save_tokenizer(tmp_path / "source")
-    make = plan.Maker.make
+    build = plan.TensorBuilder.build
 
     def swapped(self, step):
-        tensor = make(self, step)
+        tensor = build(self, step)
         return tensor.flip(0) if step.target.endswith("layers.1.mlp.down_proj.weight") else tensor
 
-    monkeypatch.setattr(plan.Maker, "make", swapped)
+    monkeypatch.setattr(plan.TensorBuilder, "build", swapped)
     with pytest.raises(ConversionError, match="logits differ from those of LlavaNextForConditionalGeneration"):
         convert(tmp_path / "source", tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
