@@ -1,6 +1,6 @@
 """What a tower names right, on test pictures in fonts it was trained on and in families held out.
 
-    python -m lab.evaluate_tower --json lab/results/tower.json
+python -m lab.evaluate_tower --json lab/results/tower.json
 """
 
 import argparse

@@ -47,7 +47,7 @@ def decoder_linears(model) -> set[str]:
 def test_only_the_decoder_is_quantized(config, folder, make_inputs, tmp_path, kind):
     plain, options = load(folder), BitsAndBytesConfig(**KINDS[kind])
     model = load(folder, quantization_config=options)
-    assert quantized(model) == decoder_linears(plain) and len(quantized(model)) == 14
+    assert quantized(model) == decoder_linears(plain) and len(quantized(model)) == 21
     assert options.llm_int8_skip_modules is None, "the user's own object is left alone"
     weights = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
@@ -83,7 +83,7 @@ def test_without_the_head_and_with_names_of_ones_own(folder):
 def test_a_dictionary_means_the_same(folder, kind):
     options = {"quant_method": "bitsandbytes", **KINDS[kind]}
     model = load(folder, quantization_config=options)
-    assert quantized(model) == decoder_linears(model) and len(quantized(model)) == 14
+    assert quantized(model) == decoder_linears(model) and len(quantized(model)) == 21
     assert options == {"quant_method": "bitsandbytes", **KINDS[kind]}, "the user's own object is left alone"
 
 
