@@ -69,10 +69,10 @@ note(ONE[0], 18.6, "image tokens", color=INK, fontsize=11)
 
 # upper road: memory
 path((27, 42), (37, 42))
-note(32, 44.9, "several\nlayers")
+note(32, 46.2, "memory:\nseveral\nlayers")
 squares(37, 37.2, 6, 1.6, MEMORY)
 frame(37 + 3.2, 37.2 + 3.2, 3.2)
-note(41.8, 49.4, "memory:\nevery patch", color=INK, fontsize=11)
+note(41.8, 49.4, "keys, values:\nevery patch", color=INK, fontsize=11)
 path((47.2, 42), (53.6, 42))
 for dy in (-4, 0, 4):
     squares(TWO[0] - 1.5, TWO[1] - 1.5 + dy, 2, 1.5, MEMORY)
@@ -103,9 +103,9 @@ for y in (30, 50):
 note(
     3,
     1.8,
-    r"$h \leftarrow h + \mathrm{out}\,(\mathrm{softmax}(q\,k^{\top}/\sqrt{d} + b)\,v)$   with   "
+    r"$h \leftarrow h + \mathrm{out}\,(\mathrm{softmax}(q\,k^{\top}/\sqrt{d})\,v)$   with   "
     r"$q = \mathrm{query}(\mathrm{norm}\,h)$,   $k, v = \mathrm{key}, \mathrm{value}\,(\mathrm{norm}\,m)$;   "
-    r"$h$: hidden state of one image token,   $m$: its own window of the memory",
+    r"$h$: hidden state of one image token,   $m$: the patches of its own window",
     ha="left",
     color=INK,
 )
