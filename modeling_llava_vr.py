@@ -192,8 +192,8 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        classes = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = classes.intersection(self._no_split_modules)  # accelerate's FSDP2 wants each to exist
+        # accelerate's FSDP2 wants each class to exist
+        self._no_split_modules = {type(m).__name__ for m in self.modules()}.intersection(self._no_split_modules)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -469,8 +469,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
                 rows = torch.cat(list(images.deepstack_features[0])).to(inputs_embeds.device, inputs_embeds.dtype)
                 memory = rows.unflatten(1, (-1, sum(m.entry_size for m in self.vision_remember.values()) + 1))
                 if memory.shape[1] or self._always_runs_vision():
-                    verify = not (self._hooks_verified or torch.compiler.is_compiling())
-                    trace = RememberTrace() if output_remember_attentions or verify else None
+                    wanted = output_remember_attentions or not (self._hooks_verified or torch.compiler.is_compiling())
+                    trace = RememberTrace() if wanted else None
                     kwargs |= {"vision_memory": memory, "vision_index": index, "vision_trace": trace}
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -501,15 +501,13 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
 
     def _no_images(self) -> LlavaVrImageFeatures:
         """The features of a blank image, without their rows."""
-        layout = self.config.image_layout
-        size = [layout.tile_size, layout.tile_size]
+        layout, size = self.config.image_layout, [self.config.vision_config.image_size] * 2
         tiles = [layout.num_tiles(size)] if layout.pinpoints else []
         pixels = torch.zeros(1, *tiles, 3, *size, device=self.get_input_embeddings().weight.device)
         images = self.get_image_features(pixels, torch.tensor([size]), return_dict=True)
-        return LlavaVrImageFeatures(
-            pooler_output=[image[:0] for image in images.pooler_output],
-            deepstack_features=images.deepstack_features and [[rows[:0] for rows in images.deepstack_features[0]]],
-        )
+        for features in (images.pooler_output, *(images.deepstack_features or ())):
+            features[:] = [rows[:0] for rows in features]
+        return images
 
     def _placeholder_index(self, mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Flat positions of the placeholders, `(num_tokens,)`."""
@@ -617,18 +615,20 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, *args, input_ids: torch.Tensor | None = None, **model_kwargs
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Where a chat goes on, the images may be all of its images: keeps the vision tokens that the cache lacks."""
+        """Keeps the vision tokens that the cache lacks, as one tensor for each row of the batch that has any."""
         images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         cache, attended = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        cached = 0 if cache is None else cache.get_seq_length()
-        if images is not None and cached:
-            embeds = model_kwargs.get("inputs_embeds")
+        cached, embeds = 0 if cache is None else cache.get_seq_length(), model_kwargs.get("inputs_embeds")
+        if images is not None:
             mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
-            holds_cached = mask.shape[1] > cached and (attended is None or attended.shape[1] == mask.shape[1])
-            if holds_cached and sum(map(len, images.pooler_output)) == mask.sum():
-                kept = (torch.arange(mask.shape[1], device=mask.device) >= cached).expand_as(mask)[mask]
+            new, tokens = mask.clone(), sum(map(len, images.pooler_output))
+            if mask.shape[1] > cached and (attended is None or attended.shape[1] == mask.shape[1]):
+                new[:, :cached] = False
+            if tokens in (mask.sum(), new.sum()):  # else the model says so
+                kept = new[mask] if tokens == mask.sum() else new[new]
+                counts = [count for count in new.sum(1).tolist() if count] or [0]
                 for features in (images.pooler_output, *(images.deepstack_features or ())):
-                    features[:] = [torch.cat(features)[kept.to(features[0].device)]]
+                    features[:] = torch.cat(features)[kept.to(features[0].device)].split(counts)
         return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):

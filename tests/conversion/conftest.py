@@ -2,11 +2,20 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from builders import make_clip, make_llava, write_weights
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C works, here and in subprocesses, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
