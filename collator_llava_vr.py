@@ -36,7 +36,7 @@ class LlavaVrCollator:
         image_folder (defaults to the working directory): where relative paths of pictures begin.
         projector_downsample (`int` or `str`, *optional*): s of all images, one of the processor's choices; or "random",
             a choice for each row, to train a model for several numbers of tokens. The processor's if not given.
-        seed (`int`, defaults to 0): of the random choices; each worker of a data loader has its own sequence.
+        seed (`int`, defaults to 0): of the random choices; with workers, together with torch's seed.
     """
 
     def __init__(
@@ -114,10 +114,11 @@ class LlavaVrCollator:
         """The s of a row."""
         if self.projector_downsample != "random":
             return self.projector_downsample
-        if self.random is None:  # not before the worker that it belongs to has begun
-            worker = torch.utils.data.get_worker_info()
-            self.random = random.Random(f"{self.seed} {worker.id if worker else 0}")
-        return self.random.choice(self.choices)
+        worker = torch.utils.data.get_worker_info()
+        key = f"{self.seed} {worker.seed if worker else None}"  # a worker's seed is another in each epoch
+        if self.random is None or self.random[0] != key:
+            self.random = key, random.Random(key)
+        return self.random[1].choice(self.choices)
 
     def encode(
         self, row: Mapping[str, Any], index: int | None = None, projector_downsample: int | None = None

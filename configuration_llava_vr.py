@@ -26,8 +26,7 @@ class LlavaVrConfig(PreTrainedConfig):
     r"""Configuration of a LLaVA-VR model. `LlavaVrConfig()` is a 2B model: CLIP-ViT-L/14-336 and Qwen2-1.5B.
 
     Every field that depends on a size has a derived default, written out when the configuration is made. An impossible
-    combination raises an error of `huggingface_hub.dataclasses`, or a `ValueError`, that names the field and the values
-    it may have.
+    combination raises a `ValueError` or a `StrictDataclassError` that names the field and the values it may have.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`):
@@ -102,6 +101,8 @@ class LlavaVrConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
+        if gone := {"remember_window", "window_bias", "end_tokens"} & kwargs.keys():
+            raise ValueError(f"{min(gone)} is gone: convert the folder, of an earlier design, with convert_weights.py.")
         self.vision_config = _sub_config(
             "vision_config",
             self.vision_config,
@@ -157,7 +158,7 @@ class LlavaVrConfig(PreTrainedConfig):
             self.image_grid_pinpoints = [[rows * tile, columns * tile] for rows, columns in tilings]
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
-        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+        super().__post_init__(**{**kwargs, "auto_map": {**AUTO_MAP, **kwargs.get("auto_map", {})}})
 
     @property
     def feature_grid(self) -> int:

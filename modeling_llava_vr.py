@@ -259,16 +259,13 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.language_model = AutoModel.from_config(config.text_config)
         self.vision_remember = RememberModules({str(i): VisionRemember(config) for i in config.remember_layers})
-        self._register_hooks()
-        self._hooks_verified = False
-        self.post_init()
-
-    def _register_hooks(self):
         layers = getattr(self.language_model, "layers", None)
         if len(self.vision_remember) and not isinstance(layers, nn.ModuleList):
             self._refuse_decoder("has no list `layers` to insert it in")
         for key in self.vision_remember:
             layers[int(key)].register_forward_hook(RememberHook(self.vision_remember, key), with_kwargs=True)
+        self._hooks_verified = False
+        self.post_init()
 
     def _refuse_decoder(self, reason: str):
         raise ValueError(
@@ -369,7 +366,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         """The layout of the images, their sizes, and the s of each. Without an axis of tiles, each image is one."""
         layout, images, choices = self.config.image_layout, len(pixel_values), self.config.downsamples
         side, shape, sizes = layout.tile_size, tuple(pixel_values.shape), [None] * images
-        if len(shape) not in (4, 5) or shape[-3:] != (3, side, side):
+        if len(shape) not in (4, 4 + bool(layout.pinpoints)) or shape[-3:] != (3, side, side):
             raise ValueError(
                 f"pixel_values must be (images, tiles, 3, {side}, {side}) or (images, 3, {side}, {side}), by "
                 f"vision_config.image_size; found {shape}."
@@ -385,8 +382,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if len(shape) == 4:
             return ImageLayout(side, layout.grid_size), sizes, downsamples
         if image_sizes is None or len(image_sizes) != images:
-            found = "none" if image_sizes is None else len(image_sizes)
-            raise ValueError(f"image_sizes must have a row for each of the {images} images, found {found}.")
+            raise ValueError(f"image_sizes must have a row for each of the {images} images, found {image_sizes}.")
         sizes = image_sizes.tolist()
         if (asked := max(map(layout.num_tiles, sizes))) > shape[1]:
             raise ValueError(
@@ -440,23 +436,23 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             pixel_values, image_sizes, image_downsamples: see `get_image_features`; images in the order of their
                 placeholders, row by row.
             inputs_embeds: `(batch, sequence, hidden_size)`, instead of `input_ids`.
-            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of `pixel_values`; `{"image": None}` says
+                that there is no placeholder to look for, as in decoding.
             output_remember_attentions: whether to return the attention weights of the Vision Remember modules.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         images = (mm_encoder_outputs or {}).get("image")
+        decoding = images is None and "image" in (mm_encoder_outputs or ())
         if pixel_values is not None and images is not None:
             raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
-        sequence = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        decoding = sequence == 1 and past_key_values is not None
         if pixel_values is not None:
             images = self.get_image_features(pixel_values, image_sizes, image_downsamples, return_dict=True)
         elif images is None and not decoding and self._always_runs_vision():
             images = self._no_images()
 
         trace, tokens = None, None
-        mask = None if decoding and images is None else self.get_placeholder_mask(input_ids, inputs_embeds)
+        mask = None if decoding else self.get_placeholder_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if images is not None:
@@ -468,6 +464,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             if len(self.vision_remember):
                 rows = torch.cat(list(images.deepstack_features[0])).to(inputs_embeds.device, inputs_embeds.dtype)
                 memory = rows.unflatten(1, (-1, sum(m.entry_size for m in self.vision_remember.values()) + 1))
+                if self.config.image_layout.max_tiles:  # resampled together with entries that are absent
+                    memory = memory / memory[..., -1:].clamp(min=1e-6)
                 if memory.shape[1] or self._always_runs_vision():
                     wanted = output_remember_attentions or not (self._hooks_verified or torch.compiler.is_compiling())
                     trace = RememberTrace() if wanted else None
@@ -613,23 +611,25 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
         )
 
     def _expand_inputs_for_generation(
-        self, *args, input_ids: torch.Tensor | None = None, **model_kwargs
+        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **model_kwargs
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Keeps the vision tokens that the cache lacks, as one tensor for each row of the batch that has any."""
-        images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        cache, attended = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        cached, embeds = 0 if cache is None else cache.get_seq_length(), model_kwargs.get("inputs_embeds")
+        """Keeps the vision tokens that the cache lacks, by row of the batch, and repeats each row's for its beams."""
+        images = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         if images is not None:
+            cache, attended = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+            cached, embeds = 0 if cache is None else cache.get_seq_length(), model_kwargs.get("inputs_embeds")
             mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
             new, tokens = mask.clone(), sum(map(len, images.pooler_output))
             if mask.shape[1] > cached and (attended is None or attended.shape[1] == mask.shape[1]):
                 new[:, :cached] = False
-            if tokens in (mask.sum(), new.sum()):  # else the model says so
-                kept = new[mask] if tokens == mask.sum() else new[new]
-                counts = [count for count in new.sum(1).tolist() if count] or [0]
-                for features in (images.pooler_output, *(images.deepstack_features or ())):
-                    features[:] = torch.cat(features)[kept.to(features[0].device)].split(counts)
-        return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
+            if tokens in (mask.sum(), new.sum()):  # else the model refuses them
+                kept, counts = new[mask] if tokens == mask.sum() else new[new], new.sum(1).tolist()
+                levels = [images.pooler_output, *(images.deepstack_features or [])]
+                rows = [torch.cat(level)[kept.to(level[0].device)].split(counts) for level in levels]
+                rows = [[row for row in level for _ in range(expand_size)] for level in rows]
+                images = LlavaVrImageFeatures(pooler_output=rows[0], deepstack_features=rows[1:] or None)
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **model_kwargs)
+        return ids, kwargs if images is None else {**kwargs, "mm_encoder_outputs": {"image": images}}
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         chunked = generation_config.prefill_chunk_size is not None and "mm_encoder_outputs" in model_kwargs
@@ -643,7 +643,7 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("mm_encoder_outputs", None)
+            inputs["mm_encoder_outputs"] = {"image": None}
         return inputs
 
 

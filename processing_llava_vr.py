@@ -221,6 +221,8 @@ class LlavaVrProcessor(ProcessorMixin):
         """
         options = dict(kwargs.pop("images_kwargs", None) or {})
         data_format = kwargs.pop("input_data_format", options.pop("input_data_format", None))
+        if "projector_downsample" in options:
+            kwargs["projector_downsample"] = options.pop("projector_downsample")
         images, counts, unit_range = self._read_images([] if images is None else images, data_format)
         if unit_range and not kwargs.get("do_rescale", options.get("do_rescale", self.image_processor.do_rescale)):
             kwargs.pop("do_rescale", None)  # they were from 0 to 1, and are to be so again
@@ -254,9 +256,9 @@ class LlavaVrProcessor(ProcessorMixin):
 
     def _check_downsamples(self, asked: int | list[int], num_images: int) -> list[int]:
         """One s for each image, each of them one that the model takes."""
-        downsamples = [asked] * num_images if isinstance(asked, int) else list(asked)
-        choices = self.projector_downsample_choices or [self.projector_downsample]
-        if len(downsamples) != num_images or not set(downsamples) <= set(choices):
+        values, choices = np.asarray(asked), self.projector_downsample_choices or [self.projector_downsample]
+        downsamples = values.flatten().tolist() * (num_images if values.ndim == 0 else 1)
+        if values.dtype.kind not in "iu" or len(downsamples) != num_images or not set(downsamples) <= set(choices):
             raise ValueError(
                 f"projector_downsample must be one of {choices} (projector_downsample_choices), or a list of them, one "
                 f"for each of the {num_images} images; found {asked}."

@@ -364,3 +364,9 @@ def test_value_of_the_wrong_type_is_refused(field, value):
     with pytest.raises(StrictDataclassFieldValidationError, match=f"'{field}'") as error:
         LlavaVrConfig(**{field: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("field, value", [("remember_window", 7), ("remember_window", None), ("window_bias", True)])
+def test_fields_of_an_earlier_design_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} is gone: convert the folder"):
+        LlavaVrConfig.from_dict({**LlavaVrConfig().to_dict(), field: value})

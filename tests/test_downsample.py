@@ -72,10 +72,17 @@ def test_chat_template_takes_it(processor):
     assert placeholders(tokens(), processor) == layout.num_tokens((40, 90), 2)
 
 
-@pytest.mark.parametrize("asked", [3, 0, [1, 2], [1, 3]])
+@pytest.mark.parametrize("asked", [3, 0, 2.0, [2.0], True, [1, 2], [1, 3]])
 def test_what_is_no_choice_is_refused(processor, asked):
     with pytest.raises(ValueError, match=r"projector_downsample must be one of \[1, 2, 4\].*found"):
         processor(WIDE, "<image>", projector_downsample=asked)
+
+
+@pytest.mark.parametrize("asked", [np.int64(4), torch.tensor(4), np.array([4])], ids=["numpy", "tensor", "array"])
+def test_integers_of_any_kind(processor, asked):
+    assert processor(WIDE, "<image>", projector_downsample=asked)["image_downsamples"].tolist() == [4]
+    options = {"projector_downsample": asked}
+    assert processor(WIDE, "<image>", images_kwargs=options)["image_downsamples"].tolist() == [4]
 
 
 def test_without_choices_only_the_configured_one(tiny_config, processor_for):
@@ -148,9 +155,11 @@ def test_collator_chooses_for_each_row(processor, config, make_model):
 
 def test_workers_choose_differently(processor):
     collator = LlavaVrCollator(processor, projector_downsample="random")
-    loader = torch.utils.data.DataLoader(rows(24), batch_size=6, num_workers=2, collate_fn=collator)
-    batches = [batch["image_downsamples"].tolist() for batch in loader]
-    assert all(a != b for a, b in itertools.combinations(batches, 2))
+    collator(rows(1))  # what the main process drew is not theirs
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(rows(24), batch_size=12, num_workers=2, collate_fn=collator)
+    batches = [batch["image_downsamples"].tolist() for _ in range(2) for batch in loader]
+    assert all(a != b for a, b in itertools.combinations(batches, 2))  # of both workers, in both epochs
 
 
 def test_fits_counts_the_most_tokens(processor):

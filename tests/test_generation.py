@@ -157,6 +157,27 @@ def test_wrong_number_of_images_is_refused(model, inputs):
         new_tokens(model, {**inputs, **{key: inputs[key][:2] for key in ("pixel_values", "image_sizes")}})
 
 
+def test_continuing_a_chat_with_beams(model, make_inputs):
+    """The cache is repeated for the beams, as `generate` leaves a given one alone."""
+    first, second = [5, (40, 90), 6], [7, (64, 64), 8]
+    whole, opening = make_inputs(model.config, [first + second] * 2), make_inputs(model.config, [first] * 2)
+    opening |= {key: whole[key][::2] for key in IMAGES & whole.keys()}
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(**opening, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(3)
+    assert new_tokens(model, {**whole, "past_key_values": cache}, num_beams=3) == new_tokens(model, whole, num_beams=3)
+
+
+def test_features_of_the_caller_stay_as_they_are(model, inputs):
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    lengths = [len(image) for image in features.pooler_output]
+    rest = {key: value for key, value in inputs.items() if key not in IMAGES}
+    options = {"mm_encoder_outputs": {"image": features}, "max_new_tokens": 2, "pad_token_id": 0}
+    answers = [model.generate(**copy.deepcopy(rest), **options).tolist() for _ in range(2)]
+    assert answers[0] == answers[1] and [len(image) for image in features.pooler_output] == lengths
+
+
 # ------------------------------------------------------------------------------------------ the number of tokens
 
 

@@ -405,6 +405,25 @@ def test_resampled_tokens_take_resampled_memory(tiny_config, make_model, make_in
     assert moved.mean() < 0.7
 
 
+def test_resampled_entries_are_whole_or_absent(tiny_config, make_model, make_inputs):
+    """An entry that is resampled from patches and from nothing keeps the patches' keys and values."""
+    config = tiny_config(image_aspect_ratio="anyres_max_1")
+    model, seen = make_model(config), []
+    model.model.vision_tower.embeddings.position_embedding.weight.data.zero_()  # all patches of a plain picture alike
+    inputs = make_inputs(config, [[(64, 64), 5]])
+    inputs["pixel_values"] = torch.ones_like(inputs["pixel_values"])
+    module = model.model.vision_remember["0"]
+    attend = module.attend
+    module.attend = lambda hidden, rows, present: seen.append((rows, present)) or attend(hidden, rows, present)
+    with torch.no_grad():
+        model(**inputs)
+    rows, present = seen[0]
+    assert (~present.any(1)).any() and (present.any(1) & ~present.all(1)).any()
+    kept = rows[present]
+    torch.testing.assert_close(kept, kept[:1].expand_as(kept), rtol=0, atol=1e-5)
+    assert not rows[~present].any()
+
+
 # ------------------------------------------------------------------------------------------ the number of tokens
 
 
@@ -796,6 +815,9 @@ def test_bad_inputs_are_named(config, model, make_inputs):
     refused("exactly one", inputs_embeds=torch.zeros(3, 4, 32))
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     refused("0 vision tokens", input_ids=None, inputs_embeds=embeds, pixel_values=None, image_sizes=None)
+    cache = DynamicCache(config=config.text_config)
+    with pytest.raises(ValueError, match="0 vision tokens"):  # one token at a time, too
+        model(input_ids=torch.tensor([[config.image_token_id]]), past_key_values=cache)
     with pytest.raises(ValueError, match="vision_feature_select_strategy"):
         full = copy.deepcopy(model)
         full.config.vision_feature_select_strategy = "full"  # keeps CLIP's CLS token, which has no place in the grid
