@@ -368,7 +368,7 @@ class LlavaVrProcessor(ProcessorMixin):
         if longest > limit:
             raise ValueError(
                 f"text has {longest} tokens, those of its images included, but the tokenizer's model_max_length is "
-                f"{limit}: shorten it, pass fewer images, or set truncation=True."
+                f"{limit}: shorten it or pass fewer images; text alone may be cut by truncation=True."
             )
 
     def _check_conversation(self, conversation: list, sanitized: bool):
@@ -379,6 +379,8 @@ class LlavaVrProcessor(ProcessorMixin):
             if not isinstance(message, Mapping):
                 raise ValueError(f"A message must be {{'role': ..., 'content': ...}}, found {message!r}.")
             content = message.get("content") or []
+            if not isinstance(content, (str, list, tuple)):
+                raise ValueError(f"A message's content must be a text or a list of parts, found {content!r}.")
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if not isinstance(part, Mapping) or "type" not in part:
                     raise ValueError(

@@ -741,3 +741,9 @@ def test_a_text_beyond_the_context_is_refused(tiny_config, processor_for, images
         text += "a"
     with pytest.raises(ValueError, match="model_max_length is 100"):
         processor(text=text, images=images)
+
+
+@pytest.mark.parametrize("content", [3, {"type": "text", "text": "hi"}])
+def test_content_that_is_neither_text_nor_parts_is_refused(tiny_config, processor_for, content):
+    with pytest.raises(ValueError, match="content must be a text or a list of parts"):
+        processor_for(tiny_config()).apply_chat_template([{"role": "user", "content": content}])
