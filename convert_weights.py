@@ -45,7 +45,7 @@ from llava_vr.conversion.mapping import parse_maps
 from llava_vr.conversion.output import check_apart, check_output, replace_folder
 from llava_vr.conversion.plan import Plan, check_config, make_plan
 from llava_vr.conversion.readers import ConversionError, reading
-from llava_vr.conversion.sources import Options, Source, detect_source
+from llava_vr.conversion.sources import Options, Source, detect_source, parse_fields
 from llava_vr.conversion.templates import STYLES
 from llava_vr.conversion.tower import cut_tower
 from llava_vr.conversion.verify import verify as verify_folder
@@ -65,6 +65,8 @@ EXAMPLES = """examples:
   a new model from a language model and a vision tower:
     python convert_weights.py Qwen2-1.5B out --vision-tower siglip-so400m-patch14-384 --projector avg_pool \\
       --remember-layers 0 7 14 21
+  the same model with a choice of 1, 4 or 16 patches to an image token (s = 1, 2, 4); 1 gives the source's logits:
+    python convert_weights.py granite-vision-3.3-2b out --compress 2 4
   what would be done:
     python convert_weights.py llava-v1.5-7b out --dry-run
 """
@@ -83,7 +85,13 @@ class Result:
 
     def summary(self) -> str:
         """A closing summary for people."""
-        lines = [f"{self.source.kind}: {self.plan.summary()}"]
+        lines, config = [f"{self.source.kind}: {self.plan.summary()}"], self.plan.config
+        if choices := config.projector_downsample_choices:
+            layers = ", ".join(map(str, config.remember_layers)) or "none"
+            lines.append(
+                f"s, patches per side of a token's region: {', '.join(map(str, choices))}; by default "
+                f"{config.projector_downsample}; Vision Remember modules after decoder layers: {layers}"
+            )
         if self.verified:
             lines.append(f"verified: {self.verified}")
         lines.append(f"{self.output or 'dry run, nothing written'} ({self.seconds:.1f} s)")
@@ -99,6 +107,8 @@ def convert(
     remember_layers: Sequence[int] | None = None,
     remember_feature_layers: Sequence[int] | None = None,
     projector: str | None = None,
+    compress: Sequence[int] = (),
+    fields: Sequence[str] = (),
     conversation: str | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
@@ -122,6 +132,10 @@ def convert(
             None for the source's.
         remember_feature_layers: the tower's hidden states that are the memory; None for the source's or the default.
         projector: the projector of a model from parts, or one to take the source's place.
+        compress: values of s, the first of them the default, beside 1, at which the result gives the source's logits:
+            a projector mlp becomes avg_pool with the same weights, and modules stand evenly spaced in the decoder, or
+            after `remember_layers`.
+        fields: "FIELD=VALUE" texts for other fields of the configuration.
         conversation: style of the chat template; None to tell it from the source.
         dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own.
         max_shard_size: bytes, or a text such as "5GB".
@@ -148,6 +162,8 @@ def convert(
         remember_layers=None if remember_layers is None else list(remember_layers),
         remember_feature_layers=None if remember_feature_layers is None else list(remember_feature_layers),
         projector=projector,
+        compress=list(compress),
+        fields=parse_fields(fields),
         maps=parse_maps(maps),
     )
     if not dry_run:
@@ -220,6 +236,10 @@ def _parser() -> argparse.ArgumentParser:
         "change nothing until trained; no value for none")  # fmt: skip
     add("--remember-feature-layers", metavar="STATE", type=int, nargs="+", help="hidden states that are the memory")
     add("--projector", metavar="TYPE", help="projector of a model from parts, or in the place of the source's")
+    add("--compress", metavar="S", type=int, nargs="+", default=[], help="S x S patches become one image token: a "
+        "choice of 1 (the source) and these, the first by default; with new modules, evenly spaced")  # fmt: skip
+    add("--set", metavar="FIELD=VALUE", action="append", default=[], dest="fields", help="another field of the "
+        "configuration, such as remember_window_ratio=1.0; repeatable")  # fmt: skip
     add("--conversation", metavar="STYLE", choices=STYLES, help=f"chat template: {', '.join(STYLES)}")
     add("--dtype", choices=DTYPES, help="dtype of all weights; each tensor's own by default")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="such as 5GB or 500MB (default: 5GB)")

@@ -189,6 +189,7 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _old_names = {r"^language_model\.model\.": "model.language_model.", r"^language_model\.lm_head": "lm_head"}
 
     def post_init(self):
         super().post_init()
@@ -225,7 +226,10 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = quantization = copy.deepcopy(quantization)
             parts = ("vision_tower", "multi_modal_projector", "vision_remember", "lm_head")
             quantization.llm_int8_skip_modules = [f"{prefix}{part}" for prefix in ("", "model.") for part in parts]
+        kwargs["key_mapping"] = cls._old_names | (kwargs.get("key_mapping") or {})
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # What `save_pretrained` undoes: not these, so that it writes our names
+        model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in cls._old_names]
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # its 4-bit weights, once packed, are saved wrong
                 module.support_avx512bf16_for_cpu = False
@@ -303,11 +307,10 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs
         )
         states, ends = outputs.hidden_states, [0, *accumulate(num_tiles)]
-        features, levels, memory = self._select_features(states, self.config.feature_layers), None, None
+        features, levels = self._select_features(states, self.config.feature_layers), None
         if self.multi_modal_projector.uses_levels:
             levels = self._select_features(states, self.config.projector_kwargs["feature_layers"])
-        if len(self.vision_remember):
-            memory = self._project_memory(states)
+        memory = self._project_memory(states) if len(self.vision_remember) else None
         window = max(map(self.config.window_size, downsamples))
         packed = [None] * len(sizes)
         for downsample in dict.fromkeys(downsamples):
@@ -450,9 +453,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             images = self.get_image_features(pixel_values, image_sizes, image_downsamples, return_dict=True)
         elif images is None and not decoding and self._always_runs_vision():
             images = self._no_images()
-
-        trace, tokens = None, None
-        mask = None if decoding else self.get_placeholder_mask(input_ids, inputs_embeds)
+        trace, tokens, remember_attentions = None, None, None
+        mask = None if decoding and images is None else self.get_placeholder_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if images is not None:
@@ -479,7 +481,6 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        remember_attentions = None
         if trace is not None:
             self._verify_hooks(trace)
             remember_attentions = tuple(trace.weights[i] for i in self.config.remember_layers)
@@ -598,8 +599,7 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
         logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
         loss = None
         if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
         return LlavaVrCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

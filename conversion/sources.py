@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +64,8 @@ class Options:
     remember_layers: list[int] | None = None
     remember_feature_layers: list[int] | None = None
     projector: str | None = None
+    compress: list[int] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
     maps: list[tuple[re.Pattern, str]] = field(default_factory=list)
 
 
@@ -227,7 +231,9 @@ def _apply_options(source: Source, options: Options):
         config |= _remember_sizes(source, held, dict(names))
     if options.remember_feature_layers is not None:
         config["remember_feature_layers"] = options.remember_feature_layers
-    if options.projector and options.projector != config["projector_type"]:
+    if options.compress:
+        _compress(source, options)
+    elif options.projector and options.projector != config["projector_type"]:
         if options.projector not in PROJECTORS:
             raise ConversionError(f"--projector {options.projector!r}: one of {', '.join(PROJECTORS)}.")
         if (config["projector_type"], options.projector) != ("mlp", "avg_pool"):  # which has the same two layers
@@ -235,6 +241,25 @@ def _apply_options(source: Source, options: Options):
             source.parts = [_without_projector(part) for part in source.parts]
         downsample = 1 if options.projector == "mlp" else max(2, config["projector_downsample"])
         config |= {"projector_type": options.projector, "projector_downsample": downsample, "projector_kwargs": None}
+    config |= options.fields
+
+
+def _compress(source: Source, options: Options):
+    """Choices of s, 1 among them, for a source whose projector keeps its weights whatever s is."""
+    config = source.config
+    if options.projector:
+        raise ConversionError(f"--projector {options.projector}: --compress decides the projector, avg_pool.")
+    if config["projector_type"] not in ("mlp", "avg_pool"):
+        raise ConversionError(
+            f"--compress: SOURCE's projector is {config['projector_type']}; only mlp and avg_pool keep their weights "
+            "and give the source's tokens at s = 1."
+        )
+    choices = list(dict.fromkeys([1, *options.compress]))
+    config |= {"projector_type": "avg_pool", "projector_kwargs": None}
+    config |= {"projector_downsample": options.compress[0], "projector_downsample_choices": choices}
+    if not config["remember_layers"] and options.remember_layers is None:
+        config["remember_layers"] = None  # evenly spaced
+        source.new += ("model.vision_remember.",)
 
 
 def _without_projector(part: Part) -> Part:
@@ -284,6 +309,36 @@ def _remember_sizes(source: Source, layers: list[int], handles: dict[str, Handle
 # Of every configuration: they say nothing of the numbers
 COMMON_FIELDS = {f.name for f in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
 COMMON_FIELDS |= {"_name_or_path", "auto_map", "torch_dtype", "transformers_version", "use_cache"}
+
+
+FIXED_FIELDS = {
+    "vision_config": "SOURCE decides it",
+    "text_config": "SOURCE decides it",
+    "image_token_id": "the tokenizer decides it",
+    "projector_type": "use --projector",
+    "remember_layers": "use --remember-layers",
+    "remember_feature_layers": "use --remember-feature-layers",
+}
+
+
+def parse_fields(texts: Iterable[str]) -> dict[str, Any]:
+    """`FIELD=VALUE` texts of the command line, each value as JSON or else as it stands.
+
+    Raises:
+        ConversionError: no "=", or no field that may be set.
+    """
+    fields = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or name not in _own_fields(LlavaVrConfig) | set(FIXED_FIELDS):
+            raise ConversionError(f"--set {text!r}: write it as FIELD=VALUE, with a field of LlavaVrConfig.")
+        if name in FIXED_FIELDS:
+            raise ConversionError(f"--set {text!r}: {FIXED_FIELDS[name]}.")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
 
 
 def _own_fields(known: type[PreTrainedConfig]) -> set[str]:
@@ -434,8 +489,6 @@ def _ours(folder: Path, config: dict[str, Any]) -> Source:
 
 def _transformers(folder: Path, config: dict[str, Any]) -> Source:
     theirs = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    if not isinstance(theirs.vision_feature_layer, int):
-        raise ConversionError(f"vision_feature_layer {theirs.vision_feature_layer}: only one layer is read.")
     if not theirs.multimodal_projector_bias:
         raise ConversionError("multimodal_projector_bias false: LLaVA-VR's projector has biases.")
     strategy = theirs.vision_feature_select_strategy

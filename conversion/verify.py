@@ -54,13 +54,15 @@ def verify(folder: Path, source: Source, plan: Plan) -> str:
     Raises:
         ConversionError: the result does not load, gives no finite logits, or others than a reference.
     """
-    model, inputs = _load(folder), fixed_inputs(plan.config)
-    logits = model(**inputs).logits
+    model, references = _load(folder), References(source, plan)
+    downsample = references.downsample
+    inputs = fixed_inputs(plan.config, downsample)
+    logits = model(**inputs, image_downsamples=torch.tensor([downsample])).logits
     if not logits.isfinite().all():
         raise ConversionError("--verify: the result's logits are not all finite.")
-    references = References(source, plan)
     if whole := references.whole():
-        return "loads; " + _compare("logits", logits, whole(**inputs).logits[..., : references.rows], whole)
+        what = "logits" if downsample == plan.config.projector_downsample else f"logits at s = {downsample}"
+        return "loads; " + _compare(what, logits, whole(**inputs).logits[..., : references.rows], whole)
     seen, left = ["loads"], []
     if decoder := references.decoder():
         text = inputs["input_ids"][inputs["input_ids"] != plan.config.image_token_id][None]
@@ -92,11 +94,11 @@ def _load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def fixed_inputs(config: LlavaVrConfig) -> dict[str, torch.Tensor]:
+def fixed_inputs(config: LlavaVrConfig, downsample: int) -> dict[str, torch.Tensor]:
     """A text with an image that is half as wide again as high, the same each time."""
     generator, tile = torch.Generator().manual_seed(0), config.vision_config.image_size
     size, layout = (tile, tile + tile // 2), config.image_layout
-    tokens = [config.image_token_id] * layout.num_tokens(size, config.projector_downsample)
+    tokens = [config.image_token_id] * layout.num_tokens(size, downsample)
     text = [i for i in range(5, 15) if i != config.image_token_id]
     pixels = torch.randn(1, layout.num_tiles(size), 3, tile, tile, generator=generator)
     inputs = {"input_ids": torch.tensor([text[:5] + tokens + text[5:]])}
@@ -121,6 +123,18 @@ class References:
         self.rows = next(step.handle.shape[0] for step in plan.steps if step.target == EMBEDDINGS)
         dtypes = {step.dtype for step in plan.steps if step.handle}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def downsample(self) -> int:
+        """The s at which the result is compared: the source's, where the result can do that."""
+        theirs = 1
+        if self.source.layout == "ours" and self._own:
+            theirs = self._own.config.projector_downsample
+        return theirs if theirs in self.config.downsamples else self.config.projector_downsample
+
+    @property
+    def _keeps_all_tokens(self) -> bool:
+        return self.downsample == 1 and self.config.projector_type in ("mlp", "avg_pool")
 
     def whole(self) -> PreTrainedModel | None:
         """A model that does all that the result does."""
@@ -162,15 +176,18 @@ class References:
 
     def _does_the_same(self, theirs: PreTrainedConfig) -> bool:
         if self.source.layout == "transformers":
-            return self.config.projector_type == "mlp"
-        fields = ["projector_type", "projector_downsample", "projector_kwargs"]
-        fields += ["remember_feature_layers"] if theirs.remember_layers else []
+            return self._keeps_all_tokens
+        if self._keeps_all_tokens and theirs.projector_type == "mlp" and not theirs.remember_layers:
+            return True
+        fields = ["projector_type", "projector_kwargs"]
+        fields += ["remember_feature_layers", "remember_window_ratio"] if theirs.remember_layers else []
         same = all(getattr(self.config, field) == getattr(theirs, field) for field in fields)
+        same = same and self.downsample == theirs.projector_downsample
         return same and set(theirs.remember_layers) <= set(self.config.remember_layers)
 
     def _assembled(self) -> PreTrainedModel | None:
         """One of transformers' classes, of the parts of a checkpoint of research code."""
-        kind = _class_of(self.config)
+        kind = _class_of(self.config) if self._keeps_all_tokens else None
         if kind is None or any(step.handle and step.target.startswith(MODULES) for step in self.plan.steps):
             return None
         decoder, tower = self.decoder(), self.tower()
@@ -227,8 +244,6 @@ def _class_of(config: LlavaVrConfig) -> tuple[type[PreTrainedModel], PreTrainedC
     options = {name: getattr(config, name) for name in names} | {"image_token_index": config.image_token_id}
     has_cls = config.vision_config.model_type == "clip_vision_model"
     options["vision_feature_select_strategy"] = "default" if has_cls else "full"
-    if config.projector_type != "mlp":
-        return None
     if config.image_aspect_ratio in ("pad", "square"):
         return LlavaForConditionalGeneration, LlavaConfig(**options)
     options["image_grid_pinpoints"] = config.image_grid_pinpoints
