@@ -228,8 +228,8 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             quantization.llm_int8_skip_modules = [f"{prefix}{part}" for prefix in ("", "model.") for part in parts]
         kwargs["key_mapping"] = cls._old_names | (kwargs.get("key_mapping") or {})
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # What `save_pretrained` undoes: not these, so that it writes our names
-        model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in cls._old_names]
+        if found := getattr(model, "_weight_conversions", None):  # undone at saving: our names stay
+            model._weight_conversions = [c for c in found if c.source_patterns[0] not in cls._old_names]
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # its 4-bit weights, once packed, are saved wrong
                 module.support_avx512bf16_for_cpu = False
@@ -447,9 +447,9 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         images = (mm_encoder_outputs or {}).get("image")
         decoding = images is None and "image" in (mm_encoder_outputs or ())
-        if pixel_values is not None and images is not None:
-            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
         if pixel_values is not None:
+            if images is not None:
+                raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
             images = self.get_image_features(pixel_values, image_sizes, image_downsamples, return_dict=True)
         elif images is None and not decoding and self._always_runs_vision():
             images = self._no_images()
