@@ -36,7 +36,7 @@ def cut_windows(grid: torch.Tensor, downsample: int, window: int) -> torch.Tenso
 
     Args:
         grid: `(tiles, grid_size, grid_size, features)`.
-        window: patches per side of a window; `downsample` plus an even number.
+        window: patches per side of a window: `downsample` plus an even number, or 0.
 
     Returns:
         `(tiles, regions, window * window, features)`.
@@ -51,7 +51,7 @@ def cut_windows(grid: torch.Tensor, downsample: int, window: int) -> torch.Tenso
     positions = steps[:, None, :, None] * grid.shape[2] + steps[:, None, :]  # (t, t, window, window), of the flat grid
     # Not Tensor.unfold: its compiled backward pass corrupts memory on CPU (torch 2.13), and index_select is faster.
     windows = grid.flatten(1, 2).index_select(1, positions.flatten())
-    return windows.unflatten(1, (-1, window * window))
+    return windows.unflatten(1, (tokens**2, window**2))
 
 
 def to_grid(features: torch.Tensor) -> torch.Tensor:

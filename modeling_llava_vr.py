@@ -293,7 +293,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             pixel_values: `(images, tiles, 3, height, width)`, base tile first, or `(images, 3, height, width)`.
             image_sizes: `(images, 2)`, (height, width) in pixels before processing; needed with tiles.
             image_downsamples: `(images,)`, each image's s, one of the configuration's choices; its
-                `projector_downsample` if not given. Rows of images with smaller windows are padded with absent entries.
+                `projector_downsample` if not given.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.vision_config.output_hidden_states
@@ -311,15 +311,14 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if self.multi_modal_projector.uses_levels:
             levels = self._select_features(states, self.config.projector_kwargs["feature_layers"])
         memory = self._project_memory(states) if len(self.vision_remember) else None
-        window = max(map(self.config.window_size, downsamples))
         packed = [None] * len(sizes)
         for downsample in dict.fromkeys(downsamples):
             chosen = [i for i, s in enumerate(downsamples) if s == downsample]
             tiles = [tile for i in chosen for tile in range(ends[i], ends[i + 1])] if len(chosen) < len(sizes) else ...
             tokens = self.multi_modal_projector(features[tiles], downsample, None if levels is None else levels[tiles])
             if memory is not None:
-                rows = self._memory_rows(memory[tiles], downsample, window).to(tokens.device)
-                tokens = torch.cat([tokens, rows], dim=-1)
+                rows = cut_windows(memory[tiles], downsample, self.config.window_size(downsample)).flatten(2)
+                tokens = torch.cat([tokens, rows.to(tokens.device)], dim=-1)
             separators = self._separators(tokens)
             for i, image in zip(chosen, tokens.split([num_tiles[i] for i in chosen])):
                 packed[i] = layout.pack(image, sizes[i], separators)
@@ -342,15 +341,6 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         memory = F.layer_norm(features.unflatten(-1, (-1, size)), (size,), eps=1e-6).flatten(-2)
         projected = [module(memory).to(memory.device) for module in self.vision_remember.values()]
         return to_grid(torch.cat([*projected, torch.ones_like(memory[..., :1])], dim=-1))
-
-    def _memory_rows(self, memory: torch.Tensor, downsample: int, window: int) -> torch.Tensor:
-        """Each token's window of a grid of keys and values, with absent entries up to `window` patches a side.
-
-        `(tiles, t * t, window * window * (2 * K * L + 1))`
-        """
-        own = self.config.window_size(downsample)
-        rows = cut_windows(memory, downsample, own or downsample)[:, :, : own**2]
-        return F.pad(rows, (0, 0, 0, window**2 - own**2)).flatten(2)
 
     def _separators(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What the layout puts between tokens, with a memory row that has no entry present: `(1 or 2, width)`."""
@@ -464,11 +454,11 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if tokens is not None:
             inputs_embeds = inputs_embeds.flatten(0, 1).index_copy(0, index, tokens).view_as(inputs_embeds)
             if len(self.vision_remember):
-                rows = torch.cat(list(images.deepstack_features[0])).to(inputs_embeds.device, inputs_embeds.dtype)
+                rows = join_rows(images.deepstack_features[0]).to(inputs_embeds.device, inputs_embeds.dtype)
                 memory = rows.unflatten(1, (-1, sum(m.entry_size for m in self.vision_remember.values()) + 1))
                 if self.config.image_layout.max_tiles:  # resampled together with entries that are absent
                     memory = memory / memory[..., -1:].clamp(min=1e-6)
-                if memory.shape[1] or self._always_runs_vision():
+                if memory.shape[1] or output_remember_attentions or self._always_runs_vision():
                     wanted = output_remember_attentions or not (self._hooks_verified or torch.compiler.is_compiling())
                     trace = RememberTrace() if wanted else None
                     kwargs |= {"vision_memory": memory, "vision_index": index, "vision_trace": trace}
@@ -527,6 +517,12 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if set(trace.weights) != set(self.config.remember_layers):
             self._refuse_decoder("does not hand its keyword arguments to its layers, so no module would run")
         self._hooks_verified = True
+
+
+def join_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows `(tokens, width)` of several images as one tensor; smaller windows are filled up with absent entries."""
+    width = max(image.shape[1] for image in rows)
+    return torch.cat([F.pad(image, (0, width - image.shape[1])) for image in rows])
 
 
 def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
@@ -625,7 +621,7 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
             if tokens in (mask.sum(), new.sum()):  # else the model refuses them
                 kept, counts = new[mask] if tokens == mask.sum() else new[new], new.sum(1).tolist()
                 levels = [images.pooler_output, *(images.deepstack_features or [])]
-                rows = [torch.cat(level)[kept.to(level[0].device)].split(counts) for level in levels]
+                rows = [join_rows(level)[kept.to(level[0].device)].split(counts) for level in levels]
                 rows = [[row for row in level for _ in range(expand_size)] for level in rows]
                 images = LlavaVrImageFeatures(pooler_output=rows[0], deepstack_features=rows[1:] or None)
         ids, kwargs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **model_kwargs)

@@ -466,6 +466,34 @@ def test_no_downsampling_is_the_uncompressed_model(tiny_config, make_model, make
     assert set(calls) == {1}  # memory is projected, and nothing attends to it
 
 
+@pytest.mark.parametrize("choices", [[1, 2], [1, 4], [2, 4], [1, 2, 4]])
+def test_images_encoded_apart_join(tiny_config, make_model, make_inputs, choices):
+    """Features of images that were encoded one by one, each with its own s, are those of one call."""
+    model = make_model(tiny_config(projector_downsample_choices=[1, 2, 4]))
+    inputs = make_inputs(model.config, [[9, *((40, 90 + i, s) for i, s in enumerate(choices)), 10]])
+    names = ("pixel_values", "image_sizes", "image_downsamples")
+    with torch.no_grad():
+        each = [model.get_image_features(*rows) for rows in zip(*(inputs[name].split(1) for name in names))]
+        images = LlavaVrImageFeatures(
+            pooler_output=[image.pooler_output[0] for image in each],
+            deepstack_features=[[image.deepstack_features[0][0] for image in each]],
+        )
+        apart = model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": images}).logits
+        torch.testing.assert_close(apart, model(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_attentions_of_an_image_without_windows_are_empty(tiny_config, make_model, make_inputs):
+    model = make_model(tiny_config(projector_downsample_choices=[1, 2]))
+    inputs = make_inputs(model.config, [[9, (40, 90, 1), 10]])
+    with torch.no_grad():
+        outputs = model(**inputs, output_remember_attentions=True)
+        assert torch.equal(outputs.logits, model(**inputs).logits)
+    heads, tokens = model.config.remember_num_heads, len(outputs.image_hidden_states)
+    assert [weights.shape for weights in outputs.remember_attentions] == [(tokens, heads, 0)] * len(
+        model.config.remember_layers
+    )
+
+
 def test_wrong_downsamples_are_named(tiny_config, make_model, make_inputs):
     model = make_model(tiny_config(projector_downsample_choices=[2, 4]))
     inputs = make_inputs(model.config, [[9, (40, 90, 2), 10]])
