@@ -170,7 +170,7 @@ def make_twin(model_class: type[PreTrainedModel], config: Any, source: PreTraine
 
 def repeat_layer(decoder: PreTrainedModel, count: int) -> None:
     """Gives a decoder of one layer so many of them, all with that layer's weights."""
-    first = decoder.layers[0]
+    first, decoder.config.num_hidden_layers = decoder.layers[0], count
     for index in range(1, count):
         layer = copy.deepcopy(first, {id(parameter): parameter for parameter in first.parameters()})
         layer.self_attn.layer_idx = index
@@ -186,7 +186,6 @@ def make_peer(name: str, share_layers: bool, device: torch.device, dtype: torch.
     model = make(model_class, config, device, dtype)
     if share_layers:
         repeat_layer(model.model.language_model, layers)
-        model.config.text_config.num_hidden_layers = layers
     return model
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -282,6 +283,16 @@ def test_layers_that_share_weights_are_layers(scale):
         caches.append([layer.keys for layer in run.cache.layers])
     assert len(caches[0]) == 4
     torch.testing.assert_close(caches[0], caches[1])
+
+
+def test_a_repeated_layer_runs_as_often_as_it_is_there():
+    decoder = AutoModel.from_config(
+        AutoConfig.for_model(**{**TEXT, "model_type": "llama", "num_hidden_layers": 1})
+    ).eval()
+    prefill.repeat_layer(decoder, 3)
+    with torch.no_grad():
+        outputs = decoder(inputs_embeds=torch.randn(1, 5, 32), output_hidden_states=True)
+    assert len(outputs.hidden_states) == len(outputs.past_key_values.layers) + 1 == 4
 
 
 def test_sharing_weights_is_timed_where_it_is_done(scale, run_command):
