@@ -81,11 +81,12 @@ class VisionRemember(nn.Module):
         """
         groups = (self.num_key_value_heads, -1)  # g heads share a head k of keys and values
         query = self.query(self.query_norm(hidden_states)).unflatten(-1, (self.num_heads, -1)).unflatten(1, groups)
-        key, value = (part.unflatten(-1, groups) for part in rows.chunk(2, dim=-1))  # (tokens, window, k, head_dim)
-        scores = torch.einsum("nkgd,nwkd->nkgw", query, key).flatten(1, 2).float() / math.sqrt(query.shape[-1])
-        scores = scores.masked_fill(~present[:, None], torch.finfo(torch.float32).min)  # (tokens, heads, window)
+        key, value = (part.unflatten(-1, groups).unbind(2) for part in rows.chunk(2, dim=-1))  # views, not to be copied
+        scores = torch.cat([q @ k.mT for q, k in zip(query.unbind(1), key)], dim=1).float()  # (tokens, heads, window)
+        scores = scores / math.sqrt(query.shape[-1])
+        scores = scores.masked_fill(~present[:, None], torch.finfo(torch.float32).min)
         weights = scores.softmax(-1).masked_fill(~present[:, None], 0).to(rows.dtype)
-        read = torch.einsum("nkgw,nwkd->nkgd", weights.unflatten(1, groups), value)
+        read = torch.cat([w @ v for w, v in zip(weights.chunk(len(value), dim=1), value)], dim=1)
         return self.out(read.flatten(1)).masked_fill(~present.any(-1, keepdim=True), 0), weights
 
 

@@ -377,6 +377,7 @@ def measure_all(
     start, before = time.monotonic(), result["seconds"]
     if scale.share_layers and result["sharing"] is None:
         result["sharing"] = measure_sharing(scale, device, dtype)
+        write_json(path, result)
     done = [(case["tiles"], case["batch"], case["prompt"]) for case in result["cases"]]
     missing = [
         (tiles, batch, prompt)
