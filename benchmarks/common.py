@@ -220,12 +220,14 @@ def plot(path: Path, panels: dict[str, tuple[str, str, dict[str, tuple[list[floa
             axis.plot(*points, "o-", label=name)
         axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
         ticks = sorted({value for xs, _ in curves.values() for value in xs})
-        axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 5 else 0)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
