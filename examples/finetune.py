@@ -147,7 +147,8 @@ def load_data(args, processor, training: TrainingArguments, skipped: SkippedRows
         if args.too_long == "raise":
             return rows
         kept = rows.lengths <= args.max_length
-        print(f"{len(rows) - kept.sum()} of {len(rows)} rows of {name} are too long and left out")
+        if training.process_index == 0:
+            print(f"{len(rows) - kept.sum()} of {len(rows)} rows of {name} are too long and left out")
         return EncodedRows(rows.sources, rows.order[kept], skipped)
 
     evaluation = None
@@ -171,10 +172,10 @@ def load_data(args, processor, training: TrainingArguments, skipped: SkippedRows
     return rows, evaluation
 
 
-def named(skipped: SkippedRows | None) -> str:
-    """How many rows were skipped, and where they are named."""
-    names = skipped.names() if skipped is not None else []
-    return f"; {len(names)} rows were skipped, {skipped.path} names them" if names else ""
+def report(skipped: SkippedRows | None):
+    """Prints how many rows were skipped, and where they are named."""
+    if skipped is not None and (names := skipped.names()):
+        print(f"{len(names)} rows were skipped: {skipped.path} names them")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -241,7 +242,8 @@ def main():
         skipped.path.unlink(missing_ok=True)
     if args.prepare is not None:
         sources = open_sources(args.data, prompter, args.max_length, args.image_folder)
-        print(f"{prepare(sources, args.prepare, args.processes, skipped):,} rows in {args.prepare}{named(skipped)}")
+        print(f"{prepare(sources, args.prepare, args.processes, skipped):,} rows in {args.prepare}")
+        report(skipped)
         return
 
     model = AutoModelForImageTextToText.from_pretrained(
@@ -276,8 +278,7 @@ def main():
         if args.merge:
             trainer.accelerator.unwrap_model(model).merge_and_unload().save_pretrained(args.merge)
             processor.save_pretrained(args.merge)
-        if skipped is not None:
-            print(f"trained{named(skipped)}")
+        report(skipped)
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def test_broken_pictures_do_not_end_a_run(train, llava, tmp_path, capsys):
     named = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in named) == ["150", "5", "50"]
     assert all("gone.png" in row["error"] for row in named)
-    assert "trained; 3 rows were skipped" in capsys.readouterr().out
+    assert "3 rows were skipped: " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"\(id '(5|50|150)'\): .*gone.png"):
         train(tmp_path / "raised", *EPOCH, "--stage", "projector", **options)
 
