@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from .processing_llava_vr import image_size
+
 
 SOURCES = ("image", "url", "path", "base64")  # keys under which chat templates take a picture
 
@@ -75,16 +77,23 @@ class LlavaVrCollator:
                 the assistant says, or more than `max_length` tokens. The row is named by its place and its `id`.
         """
         encoded = [self.encode(row, i, self._choose()) for i, row in enumerate(rows)]
-        lengths = [len(row["input_ids"]) for row in encoded]
-        too_long = [i for i, length in enumerate(lengths) if length > self.max_length]
-        if too_long and (self.too_long == "raise" or len(too_long) == len(rows)):
-            i = too_long[0]
+        fitting = [row for row in encoded if len(row["input_ids"]) <= self.max_length]
+        for i, row in enumerate(encoded):
+            if self.too_long == "raise" or not fitting:
+                self.check_length(len(row["input_ids"]), rows[i], i)
+        return self.pad(fitting)
+
+    def check_length(self, length: int, row: Mapping[str, Any], index: int | None = None):
+        """Raises a ValueError for a row of more than `max_length` tokens."""
+        if length > self.max_length:
             raise ValueError(
-                f"{_name(rows[i], i)} has {lengths[i]} tokens, those of its images included, and max_length is "
+                f"{_name(row, index)} has {length} tokens, those of its images included, and max_length is "
                 f"{self.max_length}: shorten it, raise max_length, or drop it (too_long='drop', which needs a row that "
                 "fits in each batch; `fits` filters a dataset beforehand)."
             )
-        encoded = [row for row, length in zip(encoded, lengths) if length <= self.max_length]
+
+    def pad(self, encoded: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The batch of rows that `encode` has made."""
 
         def pad(name: str, value: int) -> torch.Tensor:
             return pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=value)
@@ -107,8 +116,27 @@ class LlavaVrCollator:
 
     def fits(self, row: Mapping[str, Any], index: int | None = None) -> bool:
         """Whether the row has at most `max_length` tokens: for `dataset.filter(collator.fits, with_indices=True)`."""
+        return self.length(row, index) <= self.max_length
+
+    def length(self, row: Mapping[str, Any], index: int | None = None) -> int:
+        """Tokens of the row, those of its images included, at most (for a random s). It takes the sizes of the images
+        alone: a file's pixels are not decoded."""
         downsample = min(self.choices) if self.projector_downsample == "random" else self.projector_downsample
-        return len(self.encode(row, index, downsample)["input_ids"]) <= self.max_length
+        try:
+            messages, sizes = self.messages(row), []
+            contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+            for part in (part for content in contents for part in content):
+                if isinstance(part, Mapping) and part.get("type") == "image":
+                    try:
+                        sizes.append(image_size(part["image"]))
+                    except Exception as error:  # each decoder of a file format raises its own
+                        raise ValueError(f"images[{len(sizes)}] cannot be read: {error}") from error
+            text, tokenizer = self.processor.apply_chat_template(messages), self.processor.tokenizer
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{_name(row, index)}: {error}") from error
+        counts = self.processor._get_num_multimodal_tokens(sizes, downsample)["num_image_tokens"] if sizes else []
+        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return len(tokenizer(text, add_special_tokens=not has_bos)["input_ids"]) - len(counts) + sum(counts)
 
     def _choose(self) -> int | None:
         """The s of a row."""
@@ -126,7 +154,7 @@ class LlavaVrCollator:
         """One row's `input_ids`, `attention_mask` and `labels` `(length,)`, and its images. Errors name the row."""
         try:
             inputs = self.processor.apply_chat_template(
-                self._messages(row),
+                self.messages(row),
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -145,8 +173,8 @@ class LlavaVrCollator:
         labels = ids.masked_fill(~spoken, -100)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **images}
 
-    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The row's messages, each image part with its picture."""
+    def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row's messages, each image part with its picture; a ValueError where one is missing or left over."""
         if not row.get("messages"):
             raise ValueError("messages is empty or missing: a row is {'messages': [...]}, with 'images' if need be.")
         images, wanted = list(row.get("images") or []), 0
@@ -177,6 +205,8 @@ class LlavaVrCollator:
         return messages
 
     def _locate(self, source):
+        if isinstance(source, Mapping) and source.get("bytes") is None:
+            source = source.get("path")
         is_path = isinstance(source, (str, os.PathLike)) and self.image_folder is not None
         if is_path and os.path.exists(path := os.path.join(self.image_folder, source)):
             return path

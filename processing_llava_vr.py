@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput, load_image
 from transformers.processing_utils import MultiModalData
@@ -23,12 +23,17 @@ logger = logging.get_logger(__name__)
 URL_TIMEOUT = 10  # seconds without an answer
 
 
-def open_image(source: str | os.PathLike) -> Image.Image:
-    """The picture at a path or URL, or in a data URI or base64 text. From a URL, it comes as RGB already.
+def open_image(source: str | os.PathLike | Mapping) -> Image.Image:
+    """The picture at a path or URL, or in a data URI or base64 text; or of a dictionary {"bytes": ..., "path": ...}, as
+    `datasets` stores it. From a URL, it comes as RGB already.
 
     Raises:
         OSError: there is no such file, or no picture in it; a server is silent for `URL_TIMEOUT` seconds.
     """
+    if isinstance(source, Mapping):
+        if source.get("bytes") is not None:
+            return Image.open(io.BytesIO(source["bytes"]))
+        source = source.get("path") or ""
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
         try:
@@ -67,6 +72,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def image_size(image) -> tuple[int, int]:
+    """Height and width of a picture that the processor takes, as it is shown. Of a file, no pixel is decoded."""
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return to_rgb_array(image)[0].shape[1:]
+    if not isinstance(image, Image.Image):
+        with open_image(image) as opened:
+            return image_size(opened)
+    # Not PNG's own `getexif`, which decodes the picture to look behind it
+    is_turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size if is_turned else image.size[::-1]
 
 
 def to_rgb_array(image: np.ndarray | torch.Tensor, channels_last: bool | None = None) -> tuple[np.ndarray, bool]:
@@ -306,7 +323,7 @@ class LlavaVrProcessor(ProcessorMixin):
             if isinstance(image, (list, tuple)) or (is_array and image.ndim == 4):
                 return sum(map(read, image))
             try:
-                if isinstance(image, (str, os.PathLike)):
+                if isinstance(image, (str, os.PathLike, Mapping)):
                     image = open_image(image)
                 if isinstance(image, Image.Image):
                     image = np.array(to_rgb(image)).transpose(2, 0, 1)

@@ -243,6 +243,150 @@ def test_a_dataset(train, finetune, data, tmp_path):
     assert [entry.get("loss") for entry in log["file"]] == [entry.get("loss") for entry in log["dataset"]]
 
 
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """200 of LLaVA's rows, every fourth of them without an image; the file."""
+    folder, rows, rng = tmp_path_factory.mktemp("llava"), [], np.random.default_rng(0)
+    for i in range(200):
+        question, answer = f"question {i}?", f"answer {i}" * (1 + i % 7)
+        row = {"id": str(i), "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+        if i % 4:
+            row["image"], row["conversations"][0]["value"] = f"{i}.png", f"<image>\n{question}"
+            Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append(row)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def losses(folder) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+
+
+EPOCH = ("--per_device_train_batch_size", 20, "--num_train_epochs", 1, "--logging_steps", 1)
+
+
+def test_broken_pictures_do_not_end_a_run(train, llava, tmp_path, capsys):
+    rows = json.loads(llava.read_text())
+    for i in (5, 50, 150):
+        rows[i]["image"] = "gone.png"
+    (llava.parent / "broken.json").write_text(json.dumps(rows))
+    options = {"source": llava.parent / "broken.json"}
+    train(tmp_path / "out", *EPOCH, "--stage", "projector", "--on-error", "skip", **options)
+    assert len(losses(tmp_path / "out")) == 10
+    named = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in named) == ["150", "5", "50"]
+    assert all("gone.png" in row["error"] for row in named)
+    assert "3 rows were skipped: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\(id '(5|50|150)'\): .*gone.png"):
+        train(tmp_path / "raised", *EPOCH, "--stage", "projector", **options)
+
+
+def test_prepared_data_train_as_their_source(train, llava, package, tmp_path, capsys):
+    prepared, options = tmp_path / "prepared", [*EPOCH, "--max_steps", 3, "--hold-out", 20, "--eval_strategy", "steps"]
+    train(tmp_path / "no", "--prepare", prepared, "--processes", 2, source=llava)
+    assert "200 rows in" in capsys.readouterr().out and not (tmp_path / "no").exists()
+    options += ["--eval_steps", 3, "--train_sampling_strategy", "group_by_length", "--learning-rates"]
+    options += ["vision_tower=2e-6", "vision_remember=1e-4"]
+    for name, source in {"source": llava, "prepared": prepared}.items():
+        train(tmp_path / name, *options, source=source)
+    printed = capsys.readouterr().out
+    assert printed.count(" | 2e-06 |") == printed.count(" | 0.0001 |") == 2 and " | 0.01 |" in printed
+    assert losses(tmp_path / "source") == losses(tmp_path / "prepared")
+    assert any("eval_loss" in entry for entry in json.loads((tmp_path / "prepared" / "log.json").read_text()))
+    train(tmp_path / "dropped", *EPOCH, "--max_steps", 1, "--max-length", 80, "--too-long", "drop", source=prepared)
+    (dropped,) = re.findall(r"(\d+) of 200 rows of .* are too long", capsys.readouterr().out)
+    assert 0 < int(dropped) < 150
+
+
+def test_the_plain_prompt(train, finetune, llava, package, tmp_path):
+    """The images, then what the assistant says and a newline; the model keeps its own chat template."""
+    train(tmp_path / "out", *EPOCH, "--max_steps", 1, "--stage", "projector", "--prompt", "plain", source=llava)
+    saved, own = (
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True) for folder in (tmp_path / "out", package)
+    )
+    assert saved.chat_template == own.chat_template
+    own.chat_template = finetune.PLAIN.replace("IMAGE", own.image_token)
+    content = [{"type": "image", "image": str(llava.parent / "1.png")}, {"type": "text", "text": "What is it?"}]
+    for answer in ("A plum.", [{"type": "text", "text": "A plum."}]):
+        row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+        encoded = LlavaVrCollator(own).encode(row)
+        learned = encoded["labels"] != -100
+        assert own.tokenizer.decode(encoded["input_ids"][learned]) == "A plum.\n"
+        assert set(encoded["input_ids"][~learned].tolist()) == {own.image_token_id}
+
+
+def test_a_streamed_run(train, llava, tmp_path, capsys):
+    train(tmp_path / "out", *EPOCH, "--streaming", "--max_steps", 12, "--save_steps", 6, source=llava)
+    whole = losses(tmp_path / "out")
+    assert len(whole) == 12
+    for options, match in (
+        ([], "--streaming goes with --max_steps"),
+        (["--max_steps", 2, "--too-long", "drop"], "a stream knows no lengths"),
+        (["--max_steps", 2, "--eval", llava, "--hold-out", 3], "exclude each other"),
+        (["--learning-rates", "vision_tower"], "is not PART=RATE"),
+        (["--learning-rates", "tower=1e-5"], "'tower' is no part"),
+    ):
+        with pytest.raises(SystemExit):
+            train(tmp_path / "no", "--streaming", *options, source=llava)
+        assert match in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(tmp_path / "no", "--stage", "projector", "--learning-rates", "lm_head=1e-5", source=llava)
+    assert "names lm_head, which --stage projector does not train" in capsys.readouterr().err
+
+
+@pytest.fixture
+def train_together(package, tmp_path):
+    """`train_together(output, source, *options)`: the script in two processes."""
+
+    def run(output: Path, source: Path, *options, model: Path = package):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT, source]
+        command += ["--output", output, "--model", model, "--use_cpu", "true", "--logging_steps", 1, *options]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+        done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-5000:]
+
+    return run
+
+
+STAGES = {
+    "stage 1": "--stage projector+remember --prompt plain --learning_rate 1e-3",
+    "stage 2": "--stage full --learning_rate 1e-3 --learning-rates vision_tower=1e-4 --gradient_checkpointing true "
+    "--train_sampling_strategy group_by_length --ddp_find_unused_parameters true",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_resume(train, train_together, llava, tmp_path, stage):
+    """12 steps of 2.4 epochs, and the last 6 of them once more from the checkpoint between. About a minute each:
+    python -m pytest tests/test_finetune.py -m slow -k two_processes"""
+    prompt = ["--prompt", "plain"] if stage == "stage 1" else []
+    train(tmp_path / "no", "--prepare", tmp_path / "data", *prompt, source=llava)
+    options = ["--per_device_train_batch_size", 20, "--max_steps", 12, "--save_steps", 6, "--save_total_limit", 9]
+    options += STAGES[stage].split()
+    train_together(tmp_path / "whole", tmp_path / "data", *options)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
+    train_together(tmp_path / "resumed", tmp_path / "data", *options, "--resume")
+    whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "resumed")
+    assert len(set(whole)) == len(resumed) == 12
+    np.testing.assert_allclose(resumed, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_stream_parquet(train_together, llava, tmp_path):
+    """Rows without an image among the others: python -m pytest tests/test_finetune.py -m slow -k two_processes"""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": None, **row} for row in json.loads(llava.read_text())]
+    for row in rows:
+        row["image"] = str(llava.parent / row["image"]) if row["image"] else None
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    (tmp_path / "parquet").mkdir()
+    dataset.to_parquet(tmp_path / "parquet" / "0.parquet", batch_size=30)
+    options = ["--streaming", "--max_steps", 10, "--per_device_train_batch_size", 8, "--dataloader_num_workers", 1]
+    train_together(tmp_path / "out", tmp_path / "parquet", *options, "--stage", "projector")
+    assert len(losses(tmp_path / "out")) == 10
+
+
 @pytest.mark.parametrize("collator", ["trl's", "ours"])
 def test_trl(package, data, tmp_path, collator):
     """SFTTrainer takes the model and the processor as they are."""

@@ -236,7 +236,7 @@ def test_git_ignores_what_the_documents_write():
 
 
 SCRIPTS = [ROOT / "convert_weights.py", *ROOT.glob("docs/*.py"), *ROOT.glob("examples/*.py")]
-MODULES = [path for folder in ("lab", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+MODULES = [path for folder in ("lab", "benchmarks", "evaluation") for path in (ROOT / folder).glob("*.py")]
 COMMAND_LINES = sorted(path.relative_to(ROOT).as_posix() for path in SCRIPTS) + sorted(
     f"{path.parent.name}.{path.stem}" for path in MODULES if "__main__" in path.read_text(encoding="utf-8")
 )

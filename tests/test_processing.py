@@ -691,7 +691,7 @@ def decompression_bomb(folder):
         (lambda folder: 3, "int is not a type of image: pass a PIL image, an array, a path or a URL"),
         (lambda folder: None, "NoneType is not a type of image"),
         (lambda folder: b"bytes", "bytes is not a type of image"),
-        (lambda folder: {"path": "a.png"}, "dict is not a type of image"),
+        (lambda folder: {"path": "a.png"}, "'a.png' is no file that exists"),
     ],
 )
 def test_unreadable_image_is_named_by_its_number(processor, tmp_path, make, message):
