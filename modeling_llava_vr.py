@@ -365,14 +365,13 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
                 f"pixel_values must be (images, tiles, 3, {side}, {side}) or (images, 3, {side}, {side}), by "
                 f"vision_config.image_size; found {shape}."
             )
-        downsamples = [self.config.projector_downsample] * images
-        if image_downsamples is not None:
-            downsamples = image_downsamples.tolist()
-            if len(downsamples) != images or not set(downsamples) <= set(choices):
-                raise ValueError(
-                    f"image_downsamples must have one of {choices} (projector_downsample_choices) for each of the "
-                    f"{images} images, found {downsamples}."
-                )
+        default = [self.config.projector_downsample] * images
+        downsamples = default if image_downsamples is None else image_downsamples.tolist()
+        if len(downsamples) != images or not set(downsamples) <= set(choices):
+            raise ValueError(
+                f"image_downsamples must have one of {choices} (projector_downsample_choices) for each of the "
+                f"{images} images, found {downsamples}."
+            )
         if len(shape) == 4:
             return ImageLayout(side, layout.grid_size), sizes, downsamples
         if image_sizes is None or len(image_sizes) != images:
@@ -404,6 +403,8 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         """Where the image placeholders are: bool `(batch, sequence)`, from the ids or else from the embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        if len(self.vision_remember) and self.config.text_config._attn_implementation == "vllm":
+            raise ValueError('vLLM leaves the Vision Remember modules out: pip install "llava-vr[vllm]", the plugin.')
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -455,10 +456,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if tokens is not None:
             inputs_embeds = inputs_embeds.flatten(0, 1).index_copy(0, index, tokens).view_as(inputs_embeds)
             if len(self.vision_remember):
-                rows = join_rows(images.deepstack_features[0]).to(inputs_embeds.device, inputs_embeds.dtype)
-                memory = rows.unflatten(1, (-1, sum(m.entry_size for m in self.vision_remember.values()) + 1))
-                if self.config.image_layout.max_tiles:  # resampled together with entries that are absent
-                    memory = memory / memory[..., -1:].clamp(min=1e-6)
+                memory = self.join_memory(images.deepstack_features[0], inputs_embeds)
                 if memory.shape[1] or output_remember_attentions or self._always_runs_vision():
                     wanted = output_remember_attentions or not (self._hooks_verified or torch.compiler.is_compiling())
                     trace = RememberTrace() if wanted else None
@@ -483,6 +481,13 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             image_hidden_states=tokens,
             remember_attentions=remember_attentions if output_remember_attentions else None,
         )
+
+    def join_memory(self, rows: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """The memory `(tokens, window * window, 2 * K * L + 1)` of several images' rows, of the type of `like`."""
+        entry_size = sum(module.entry_size for module in self.vision_remember.values()) + 1
+        memory = join_rows(rows).to(like.device, like.dtype).unflatten(1, (-1, entry_size))
+        resampled = self.config.image_layout.max_tiles  # together with entries that are absent
+        return memory / memory[..., -1:].clamp(min=1e-6) if resampled else memory
 
     def _always_runs_vision(self) -> bool:
         """Whether the vision side runs even without an image: in training, so that every process at every step has the
@@ -594,9 +599,8 @@ class LlavaVrForConditionalGeneration(LlavaVrPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
+        vocabulary = self.config.text_config.vocab_size
+        loss = None if labels is None else self.loss_function(logits, labels, vocabulary, **kwargs)
         return LlavaVrCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

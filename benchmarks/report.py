@@ -42,6 +42,10 @@ COMMANDS = {
     "training": ("python -m benchmarks.training", "a training step of each stage, with the modules and without"),
     "quantization": ("python -m benchmarks.quantization", "answers and memory in NF4 and int8 beside full precision"),
     "conversion": ("python -m benchmarks.conversion", "`convert_weights.py` on a 2B checkpoint beside a plain copy"),
+    "serving": (
+        "python -m benchmarks.serving",
+        "64 requests to vLLM beside `generate` in one batch; in vLLM's environment",
+    ),
     "report": ("python -m benchmarks.report", "the tables of this file"),
 }
 
@@ -212,6 +216,12 @@ FIGURES = [
     ),
     Figure("training: share of time that waits for data", 0.05, TRAINING, lambda r: r["waiting_share"]),
     Figure("loading: peak memory over the weights", 1.1, {"cpu": "loading"}, lambda r: r["loading"]["peak_over_file"]),
+    Figure(
+        "64 requests: vLLM, compiled, over `generate` in one batch",
+        1 / 1.3,
+        dict.fromkeys(DEVICES, "serving"),
+        lambda r: r["times"]["generate"]["ours_over"],
+    ),
 ]
 
 
