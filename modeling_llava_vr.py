@@ -27,6 +27,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .card_llava_vr import write_card
 from .configuration_llava_vr import LlavaVrConfig
 from .layout_llava_vr import ImageLayout, cut_windows, to_grid
 from .projectors_llava_vr import PROJECTORS, CAbstractorProjector, ResamplerProjector
@@ -242,13 +243,14 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         current = type(self)  # under FSDP2 a class of torch's, whose code would be saved instead of this file
         self.__class__ = next(cls for cls in current.__mro__ if not cls.__module__.startswith("torch."))
         try:
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = current
+        write_card(save_directory, self)
 
 
 class LlavaVrModel(LlavaVrPreTrainedModel):
@@ -368,20 +370,18 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
     ) -> tuple[ImageLayout, list[list[int] | None], list[int]]:
         """The layout of the images, their sizes, and the s of each. Without an axis of tiles, each image is one."""
         layout, images, choices = self.config.image_layout, len(pixel_values), self.config.downsamples
-        side, shape, sizes = layout.tile_size, tuple(pixel_values.shape), [None] * images
+        side, shape, sizes, given = layout.tile_size, tuple(pixel_values.shape), [None] * images, image_downsamples
         if len(shape) not in (4, 4 + bool(layout.pinpoints)) or shape[-3:] != (3, side, side):
             raise ValueError(
                 f"pixel_values must be (images, tiles, 3, {side}, {side}) or (images, 3, {side}, {side}), by "
                 f"vision_config.image_size; found {shape}."
             )
-        downsamples = [self.config.projector_downsample] * images
-        if image_downsamples is not None:
-            downsamples = image_downsamples.tolist()
-            if len(downsamples) != images or not set(downsamples) <= set(choices):
-                raise ValueError(
-                    f"image_downsamples must have one of {choices} (projector_downsample_choices) for each of the "
-                    f"{images} images, found {downsamples}."
-                )
+        downsamples = [self.config.projector_downsample] * images if given is None else given.tolist()
+        if len(downsamples) != images or not set(downsamples) <= set(choices):
+            raise ValueError(
+                f"image_downsamples must have one of {choices} (projector_downsample_choices) for each of the "
+                f"{images} images, found {downsamples}."
+            )
         if len(shape) == 4:
             return ImageLayout(side, layout.grid_size), sizes, downsamples
         if image_sizes is None or len(image_sizes) != images:

@@ -290,6 +290,12 @@ class LlavaVrProcessor(ProcessorMixin):
         counts = [self.image_layout.num_tokens(size, s) for size, s in zip(image_sizes, downsamples)]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
+    def make_collator(self, **options: Any):
+        """The `LlavaVrCollator` with this processor, for training; options are the collator's own."""
+        from .collator_llava_vr import LlavaVrCollator  # saved folders get its file, too, by this line
+
+        return LlavaVrCollator(self, **options)
+
     @property
     def model_input_names(self) -> list[str]:
         return list(dict.fromkeys([*super().model_input_names, "image_sizes"]))

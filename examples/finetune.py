@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llava_vr import LlavaVrCollator
+from llava_vr.card_llava_vr import write_card
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,8 +177,10 @@ def main():
     trainer.save_model()
     if trainer.is_world_process_zero():
         Path(args.output, "log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+        trained = trainer.accelerator.unwrap_model(model)
+        write_card(args.output, trained, trained=True)
         if args.merge:
-            trainer.accelerator.unwrap_model(model).merge_and_unload().save_pretrained(args.merge)
+            trained.merge_and_unload().save_pretrained(args.merge)
             processor.save_pretrained(args.merge)
 
 
