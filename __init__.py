@@ -7,6 +7,7 @@ from .modeling_llava_vr import LlavaVrForConditionalGeneration, LlavaVrModel, Ll
 from .processing_llava_vr import LlavaVrProcessor
 
 
+__version__ = "0.2.0"
 __all__ = [
     "LlavaVrCollator",
     "LlavaVrConfig",

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -99,12 +99,12 @@ def make_card(
     )
 
 
-def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: bool = False):
+def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: Sequence[str] = ()):
     """Writes the card of a saved model, or of PEFT's adapter of one, unless the folder has one.
 
     Args:
-        trained: whether the parts that require gradients have just been trained: the card says so, and takes the
-            place of one that is there, such as PEFT's template.
+        trained: what has just been trained, as of `trained_parts`: the card says so, and takes the place of one that
+            is there, such as PEFT's template.
     """
     path = Path(folder) / "README.md"
     if not path.parent.is_dir() or (path.exists() and not trained):
@@ -117,7 +117,7 @@ def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: bool 
     base = base_model or (Path(source).resolve().name if source else "")
     rows = {"base model": f"`{base}`"} if base else {}
     if trained:
-        rows["trained"] = ", ".join(_trained_parts(model))
+        rows["trained"] = ", ".join(trained)
     origin = f"A LLaVA-VR model, {'fine-tuned' if trained else 'saved'} from `{base}`." if base else "A LLaVA-VR model."
     name = Path(folder).resolve().name
     license = _license(Path(source) / "README.md") if local else None
@@ -126,8 +126,8 @@ def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: bool 
     )
 
 
-def _trained_parts(model: PreTrainedModel) -> list[str]:
-    """The parts that have weights which require gradients; those of LoRA are marked."""
+def trained_parts(model: PreTrainedModel) -> list[str]:
+    """The parts of a model that require gradients, in words; those of LoRA alone are marked."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     parts = []
     for part, title in PARTS.items():
@@ -143,4 +143,4 @@ def _license(card: Path) -> str | None:
     return found and found[1]
 
 
-__all__ = ["write_card"]
+__all__ = ["make_card", "trained_parts", "write_card"]
