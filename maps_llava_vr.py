@@ -95,8 +95,8 @@ def answer_maps(
     Args:
         sequences: `(batch, prompt and answer)`, what `model.generate(**inputs)` returned.
     """
-    base, start = _base_model(model), inputs["input_ids"].shape[1]
-    is_answer = sequences != model.generation_config.pad_token_id
+    base, start, pad = _base_model(model), inputs["input_ids"].shape[1], model.generation_config.pad_token_id
+    is_answer = sequences != (-1 if pad is None else pad)
     is_answer[:, :start] = False
     mask = torch.cat([inputs["attention_mask"], is_answer[:, start:].to(inputs["attention_mask"])], dim=1)
     decoder = base.language_model

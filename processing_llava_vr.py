@@ -14,6 +14,7 @@ from transformers.image_utils import ImageInput, load_image
 from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
+from .collator_llava_vr import LlavaVrCollator
 from .configuration_llava_vr import LlavaVrConfig
 from .layout_llava_vr import ImageLayout, make_layout
 
@@ -290,10 +291,8 @@ class LlavaVrProcessor(ProcessorMixin):
         counts = [self.image_layout.num_tokens(size, s) for size, s in zip(image_sizes, downsamples)]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
-    def make_collator(self, **options: Any):
-        """The `LlavaVrCollator` with this processor, for training; options are the collator's own."""
-        from .collator_llava_vr import LlavaVrCollator  # saved folders get its file, too, by this line
-
+    def make_collator(self, **options: Any) -> LlavaVrCollator:
+        """The collator of training batches with this processor; options are those of `LlavaVrCollator`."""
         return LlavaVrCollator(self, **options)
 
     @property

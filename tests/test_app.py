@@ -73,7 +73,7 @@ def page(request, browser, url):
     page.get_by_role("button", name="Ask").wait_for()
     yield page
     if folder := os.environ.get("SCREENSHOTS"):
-        name = re.sub(r"\\W+", "-", request.node.name)
+        name = re.sub(r"\W+", "-", request.node.name)
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
     page.close()
     assert not problems
