@@ -22,7 +22,12 @@ EXAMPLES = """examples:
   python app.py
   python app.py --model path/to/another/checkpoint --port 8000
 """
-SAMPLES = [[str(ROOT / "examples" / "receipt.png"), "how much is the salad?"]]
+SAMPLES = {
+    "examples/receipt.png": "how much is the salad?",
+    "docs/samples/table.png": "What is d of cod?",
+    "docs/samples/chart.png": "Which is highest?",
+    "docs/samples/ocr.png": "What is written here?",
+}
 INTRODUCTION = """# LLaVA-VR
 Many image patches become few image tokens; between the layers of the decoder these tokens look at the image again. The
 maps show where. The nano checkpoint reads drawn lines of text, tables, charts and price lists, in English; about
@@ -126,7 +131,7 @@ class Demo:
                         info="more patches, fewer tokens: faster, and less exact",
                     )
                     button = gr.Button("Ask", variant="primary")
-                    gr.Examples(SAMPLES, [picture, question])
+                    gr.Examples([[str(ROOT / name), text] for name, text in SAMPLES.items()], [picture, question])
                 with gr.Column():
                     answer = gr.Textbox(label="Answer", lines=3, interactive=False)
                     maps = gr.Gallery(

@@ -111,7 +111,7 @@ def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: Seque
         return
     adapter = getattr(model, "peft_config", {}).get("default")
     source = (adapter.base_model_name_or_path if adapter else model.name_or_path) or ""
-    local, base_model = Path(source).is_dir(), None
+    local, base_model = bool(source) and Path(source).is_dir(), None
     if not local and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         base_model = source
     base = base_model or (Path(source).resolve().name if source else "")

@@ -1,4 +1,4 @@
-"""app.py in headless Chromium: load, ask, change s, see the maps, bad files. Needs the extra `demo_test` and Chromium.
+"""app.py in headless Chromium: load, ask, change s, see the maps, bad files. Needs the extra `demo-test` and Chromium.
 
 python -m pytest -m slow tests/test_app.py
 SCREENSHOTS=folder python -m pytest -m slow tests/test_app.py    # keeps a picture of each page

@@ -19,7 +19,7 @@ def test_a_saved_folder_has_a_card(tiny_config, make_model, tmp_path):
     make_model(config).save_pretrained(tmp_path / "plum")
     card = ModelCard.load(tmp_path / "plum" / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
-    assert "base_model" not in card.data and "license" not in card.data
+    assert card.data.base_model is None and card.data.license is None
     table = rows(card.text)
     assert card.text.strip().startswith("# plum") and "base model" not in table and "trained" not in table
     assert table["Vision Remember modules"] == "after decoder layers 0, 1"
@@ -35,7 +35,7 @@ def test_a_copy_names_its_base_and_licence_and_no_path(tiny_config, make_model, 
     (base / "README.md").write_text(text)
     LlavaVrForConditionalGeneration.from_pretrained(base).save_pretrained(copy)
     card = ModelCard.load(copy / "README.md")
-    assert card.data.license == "mit" and "base_model" not in card.data
+    assert card.data.license == "mit" and card.data.base_model is None
     assert rows(card.text)["base model"] == "`base`" and str(tmp_path) not in card.content
 
 

@@ -227,14 +227,34 @@ def test_python_of_the_documents(run, tmp_path, page):
     assert page != "README.md" or (home / "fine-tuned" / "collator_llava_vr.py").is_file()
 
 
+ANSWERS = """
+import json
+import sys
+
+for picture, question in json.loads(sys.argv[1]):
+    inputs = encode([chat(question, picture)])
+    sequences = model.generate(**inputs, max_new_tokens=100)
+    (answer,) = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(answer.replace("\\n", " / "))
+"""
+
+
 def test_answers_of_the_readme(run):
-    """Its commands print the answers beside them; those that it calls wrong are wrong, and no others."""
-    command = re.findall(r'examples/ask\.py (examples/receipt\.png) "([^"]+)"', README)
-    rows = re.findall(r"^\| !\[.*\]\((.+)\) \| (.+) \| `(.+)` \|", README, re.MULTILINE)
-    assert len(rows) > 4 and command[0] in [row[:2] for row in rows]
-    for picture, question, answer in rows:
-        said = run(str(ROOT / "examples" / "ask.py"), ROOT / picture, question)
-        assert said.strip().replace("\n", " / ") == answer
+    """The model's answers are those of the table of samples, of the command, and of the metadata."""
+    pictures, questions, answers = (
+        [cell.strip() for cell in row.split("|")[1:-1]]
+        for row in re.search(r"(\| !\[.*\|\n)(.*\|\n)(.*\|\n)", README).groups()
+    )
+    pictures = [re.fullmatch(r"!\[.+\]\((.+)\)", picture)[1] for picture in pictures]
+    asked = [*zip(pictures, questions), *re.findall(r'examples/ask\.py (examples/receipt\.png) "([^"]+)"', README)]
+    expected = [re.match("`(.+?)`", answer)[1] for answer in answers] + re.findall(
+        r"nano checkpoint answers (\d+)", README
+    )
+    widget = ModelCard(README).data.widget
+    asked += [(example["src"], example["text"]) for example in widget]
+    expected += [example["output"]["text"] for example in widget]
+    assert len(asked) == len(expected) > 8
+    assert run(blocks("README.md", "python")[0] + ANSWERS, json.dumps(asked), cwd=ROOT).splitlines()[1:] == expected
 
 
 def test_scores_in_the_metadata_are_those_of_the_result_files():

@@ -2,7 +2,7 @@
 
 python -m lab.data.samples --sheet sheet.png                 # five samples of every domain, with questions and answers
 python -m lab.data.samples --sheet held_out.png --held-out   # in the fonts and layouts that only the test has
-python -m lab.data.samples --pictures examples --seed 99 --held-out   # a picture of each domain
+python -m lab.data.samples --pictures docs/samples --seed 4 --held-out   # a picture of each domain
 """
 
 import argparse
@@ -91,6 +91,7 @@ def main() -> None:
     if args.sheet:
         draw_sheet(args.seed, args.held_out).save(args.sheet)
     if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
         for name, domain in DOMAINS.items():
             picture = domain.draw(generator(args.seed, 0), args.held_out)
             picture.image.save(args.pictures / f"{name}.png")
