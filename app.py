@@ -6,13 +6,15 @@ It opens in a browser, and runs as a Gradio Space of the Hub as it is: see docs/
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import gradio as gr
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -49,6 +51,14 @@ class TimedStreamer(TextIteratorStreamer):
         super().put(value)
 
 
+def read_upload(read: Callable[[Any], str | None], upload: Any) -> str | None:
+    """What Gradio reads of an uploaded picture, or a message in place of its own error."""
+    try:
+        return read(upload)
+    except OSError as error:
+        raise gr.Error("This file is no picture that can be read.") from error
+
+
 class Demo:
     """A model, and what the page calls."""
 
@@ -57,8 +67,10 @@ class Demo:
         self.model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.choices = sorted(self.model.config.downsamples)
+        blank = Image.new("RGB", (64, 64))
+        self.model.generate(**self.encode(blank, "?", self.choices[0]), max_new_tokens=2)  # the first call is slow
 
-    def encode(self, picture: str | None, question: str, s: int) -> dict[str, torch.Tensor]:
+    def encode(self, picture: str | Image.Image | None, question: str, s: int) -> dict[str, torch.Tensor]:
         if picture is None:
             raise gr.Error("Upload a picture or pick an example first.")
         if not question.strip():
@@ -77,9 +89,9 @@ class Demo:
             raise gr.Error(str(error)) from error
 
     def ask(self, picture: str | None, question: str, s: int, runs: list[list]) -> Iterator[tuple[Any, ...]]:
-        """The answer as it comes; at its end also the runs so far, for the table, and the maps of the modules."""
+        """The answer as it comes; at its end also all runs, for the table, and a map for each module."""
         s, start = min(self.choices, key=lambda choice: abs(choice - s)), time.perf_counter()
-        inputs = self.encode(picture, question, s)
+        inputs, layers = self.encode(picture, question, s), self.model.config.remember_layers
         streamer, done = TimedStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True), {}
 
         def generate():
@@ -96,52 +108,51 @@ class Demo:
         answer = ""
         for piece in streamer:
             answer += piece
-            yield answer, runs, runs, gr.skip()
+            yield answer, runs, runs, *[None] * len(layers)
         thread.join()
         if "error" in done:
             raise gr.Error(str(done["error"]))
-        end = time.perf_counter()
+        moments = (streamer.first_token, time.perf_counter())
         tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
-        times = [round(1000 * (moment - start)) for moment in (streamer.first_token or end, end)]
-        runs = [[s, tokens, *times, question, answer], *runs]
-        config = self.model.config
-        has_maps = config.remember_layers and config.window_size(s)
-        yield answer, runs, runs, self.draw(picture, done["sequences"], inputs) if has_maps else []
-
-    def draw(self, picture: str, sequences: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[tuple]:
-        """The answer's maps over the picture, one for each module, with captions."""
-        (maps,) = answer_maps(sequences, inputs, self.model, self.processor)
-        return [(draw_map(picture, found), f"after decoder layer {layer}") for layer, found in maps.items()]
+        runs = [[s, tokens, *(round(1000 * (moment - start)) for moment in moments), question, answer], *runs]
+        if layers and self.model.config.window_size(s):
+            (maps,) = answer_maps(done["sequences"], inputs, self.model, self.processor)
+            drawn = [draw_map(picture, maps[layer]) for layer in layers]
+        else:  # every patch is a token, and no module runs
+            drawn = [None] * len(layers)
+        yield answer, runs, runs, *drawn
 
     def page(self) -> gr.Blocks:
-        lowest, highest, default = self.choices[0], self.choices[-1], self.model.config.projector_downsample
         with gr.Blocks(title="LLaVA-VR") as page:
             gr.Markdown(INTRODUCTION)
             runs = gr.State([])
             with gr.Row():
                 with gr.Column():
                     picture = gr.Image(type="filepath", label="Picture", height=320)
+                    picture.preprocess = partial(read_upload, picture.preprocess)
                     question = gr.Textbox(label="Question", placeholder="how much is the salad?")
                     s = gr.Slider(
-                        lowest,
-                        highest,
-                        value=default,
+                        self.choices[0],
+                        self.choices[-1],
+                        value=self.model.config.projector_downsample,
                         step=1,
-                        label="s: patches a side that become one image token",
-                        info="more patches, fewer tokens: faster, and less exact",
+                        label="s: s × s patches become one image token",
+                        info="the larger, the fewer tokens",
+                        visible=len(self.choices) > 1,
                     )
                     button = gr.Button("Ask", variant="primary")
-                    gr.Examples([[str(ROOT / name), text] for name, text in SAMPLES.items()], [picture, question])
                 with gr.Column():
                     answer = gr.Textbox(label="Answer", lines=3, interactive=False)
-                    maps = gr.Gallery(
-                        label="Where the image tokens that the answer attended to had looked (click to enlarge)",
-                        columns=3,
-                        object_fit="contain",
-                    )
+                    gr.Markdown("Where the image tokens that the answer attended to had looked:")
+                    maps = []
+                    with gr.Tabs():
+                        for layer in self.model.config.remember_layers:
+                            with gr.Tab(f"after decoder layer {layer}"):
+                                maps.append(gr.Image(show_label=False, interactive=False, height=320))
             table = gr.Dataframe(headers=COLUMNS, label="Your questions so far", interactive=False, wrap=True)
+            gr.Examples([[str(ROOT / name), text] for name, text in SAMPLES.items()], [picture, question])
             for trigger in (button.click, question.submit):
-                trigger(self.ask, [picture, question, s, runs], [answer, table, runs, maps])
+                trigger(self.ask, [picture, question, s, runs], [answer, table, runs, *maps])
         return page
 
 

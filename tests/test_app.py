@@ -77,3 +77,72 @@ def page(request, browser, url):
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
     page.close()
     assert not problems
+
+
+def ask(page, question: str, s: int | None = None):
+    page.get_by_label("Question").first.fill(question)
+    if s is not None:
+        number = page.get_by_label("number input for s", exact=False)
+        number.fill(str(s))
+        number.press("Tab")
+    page.get_by_role("button", name="Ask").click()
+
+
+def newest_run(page, tokens: int) -> list[str]:
+    """The first row of the table, once it is that of an image of so many tokens."""
+    page.locator("[data-testid=cell-0-1]", has_text=re.compile(f"^{tokens}$")).wait_for()
+    return [page.get_by_test_id(f"cell-0-{column}").inner_text().strip() for column in range(6)]
+
+
+def upload(page, path: Path):
+    page.locator("input[type=file]").first.set_input_files(path)
+    page.get_by_label("Remove Image").wait_for()
+
+
+def test_ask_with_each_s_and_see_the_maps(page):
+    upload(page, RECEIPT)
+    question = "how much is the salad?"
+    for s, tokens in ((3, 16), (4, 9), (2, 36)):
+        ask(page, question, s)
+        found = newest_run(page, tokens)
+        assert (found[0], *found[4:]) == (str(s), question, "89") and 0 < int(found[2]) <= int(found[3])
+        assert page.get_by_label("Answer").first.input_value() == "89"
+    assert page.get_by_test_id("cell-2-1").inner_text().strip() == "16"
+    maps = set()
+    for layer in range(3):
+        page.get_by_role("tab", name=f"after decoder layer {layer}").click()
+        shown = page.locator("[role=tabpanel]:visible img")
+        shown.wait_for()
+        assert shown.evaluate("async image => (await image.decode(), image.naturalWidth)") == 288
+        maps.add(shown.get_attribute("src"))
+    assert len(maps) == 3
+
+
+def test_an_example(page):
+    page.get_by_text("What is d of cod?").last.click()
+    page.get_by_label("Remove Image").wait_for()
+    page.get_by_role("button", name="Ask").click()
+    assert newest_run(page, 16)[4:] == ["What is d of cod?", "43"]
+
+
+def test_what_is_missing_or_broken_is_said(page, tmp_path):
+    def message() -> str:
+        text = page.get_by_test_id("toast-text").inner_text()
+        page.get_by_test_id("toast-close").click()
+        page.get_by_test_id("toast-body").wait_for(state="detached")
+        return text
+
+    ask(page, "how much is the salad?")
+    assert message() == "Upload a picture or pick an example first."
+    (tmp_path / "broken.png").write_text("no picture")
+    upload(page, tmp_path / "broken.png")
+    ask(page, "how much is the salad?")
+    assert message() == "This file is no picture that can be read."
+    page.get_by_label("Remove Image").click()
+    upload(page, RECEIPT)
+    ask(page, "  ")
+    assert message() == "Type a question first."
+    ask(page, "how much " * 300)
+    assert "model_max_length is 512" in message()
+    ask(page, "how much is the salad?")  # the page still works
+    assert newest_run(page, 16)[5] == "89"
