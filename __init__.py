@@ -2,10 +2,12 @@
 
 from .collator_llava_vr import LlavaVrCollator
 from .configuration_llava_vr import LlavaVrConfig
+from .maps_llava_vr import answer_maps, draw_map, remember_maps
 from .modeling_llava_vr import LlavaVrForConditionalGeneration, LlavaVrModel, LlavaVrPreTrainedModel
 from .processing_llava_vr import LlavaVrProcessor
 
 
+__version__ = "0.2.0"
 __all__ = [
     "LlavaVrCollator",
     "LlavaVrConfig",
@@ -13,6 +15,9 @@ __all__ = [
     "LlavaVrModel",
     "LlavaVrPreTrainedModel",
     "LlavaVrProcessor",
+    "answer_maps",
+    "draw_map",
+    "remember_maps",
 ]
 
 # `save_pretrained` then copies the code into the folder, as it does for a model loaded with `trust_remote_code=True`

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .processing_llava_vr import image_size
+from .images_llava_vr import image_size
 
 
 SOURCES = ("image", "url", "path", "base64")  # keys under which chat templates take a picture

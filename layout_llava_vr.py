@@ -93,6 +93,37 @@ class ImageLayout:
         """Tiles of an image, the base tile included."""
         return 1 + math.prod(self.tiling(image_size)) if self.pinpoints else 1
 
+    def fit(self, image_size: Sequence[int], room: Sequence[int]) -> tuple[int, int]:
+        """The (height, width) to which an image is resized to fill `room` without distortion (LLaVA-NeXT's rule)."""
+        scale = min(most / side for side, most in zip(image_size, room))
+        height, width = (min(most, math.ceil(side * scale)) for side, most in zip(image_size, room))
+        return height, width
+
+    def tile_boxes(self, image_size: Sequence[int], square: float | None = None) -> np.ndarray:
+        """What each tile shows of an image of (height, width) pixels: `process` seen from the other side.
+
+        Args:
+            square: without pinpoints, side of the centred square that the tile shows; None if the image is stretched.
+
+        Returns:
+            `(tiles, 4)` as top, left, bottom, right, in pixels of the image; what lies beyond it is padding.
+        """
+        if self.pinpoints:
+            room = self.pinpoint(image_size)
+            size = self.fit(image_size, room)
+            offset = [(most - side) // 2 for most, side in zip(room, size)]
+            return np.concatenate([[(0, 0, *image_size)], self._cut_boxes(image_size, size, offset)])
+        if square is None:
+            return np.array([(0, 0, *image_size)], dtype=float)
+        margins = (np.array(image_size) - square) / 2
+        return np.concatenate([margins, margins + square])[None]
+
+    def _cut_boxes(self, image_size: Sequence[int], size: Sequence[int], offset: Sequence[int]) -> np.ndarray:
+        """The boxes of the tiles cut from an image that is resized to `size` and begins at `offset` in its tiling."""
+        cells = np.indices(self.tiling(image_size)).reshape(2, -1).T  # (tiles, 2), rows and columns
+        corners = np.stack([cells, cells + 1], axis=1) * self.tile_size - np.array(offset)
+        return (corners * np.divide(image_size, size)).reshape(-1, 4)
+
     def num_tokens(self, image_size: Sequence[int], downsample: int) -> int:
         """Vision tokens of an image of (height, width) pixels, newlines and separators included."""
         regions = tokens_per_side(self.grid_size, downsample) ** 2
@@ -171,6 +202,21 @@ class SlicesLayout(ImageLayout):
 
         return max(self.pinpoints, key=score)
 
+    def fit(self, image_size: Sequence[int], room: Sequence[int]) -> tuple[int, int]:
+        scale = min(most / side for side, most in zip(image_size, room))
+        height, width = (min(most, max(1, round(side * scale))) for side, most in zip(image_size, room))
+        return height, width
+
+    def tile_boxes(self, image_size: Sequence[int], square: float | None = None) -> np.ndarray:
+        room = self.pinpoint(image_size)
+        size = self.fit(image_size, room)
+        boxes = self._cut_boxes(image_size, size, (0, 0))
+        if len(boxes) > 1:
+            base = self.fit(image_size, (self.tile_size, self.tile_size))  # of the image padded to `room`
+            shown = np.divide(image_size, size) * room * self.tile_size / base
+            boxes = np.concatenate([[(0, 0, *shown)], boxes])
+        return boxes
+
     def process(
         self,
         images: list[np.ndarray],
@@ -196,11 +242,9 @@ class SlicesLayout(ImageLayout):
             tiles = torch.cat([self._resize_and_pad(padded, size, (side, side))[None], tiles])
         return tiles
 
-    @staticmethod
-    def _resize_and_pad(image: torch.Tensor, size: Sequence[int], room: tuple[int, int]) -> torch.Tensor:
+    def _resize_and_pad(self, image: torch.Tensor, size: Sequence[int], room: tuple[int, int]) -> torch.Tensor:
         """Resizes an image to what one of `size` would fill of `room`, and pads it at the bottom and right."""
-        scale = min(most / side for side, most in zip(size, room))
-        height, width = (min(most, max(1, round(side * scale))) for side, most in zip(size, room))
+        height, width = self.fit(size, room)
         image = F.interpolate(image[None], (height, width), mode="bilinear")[0]
         return F.pad(image, (0, room[1] - width, 0, room[0] - height))
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .card_llava_vr import write_card
 from .configuration_llava_vr import LlavaVrConfig
 from .layout_llava_vr import ImageLayout, cut_windows, to_grid
 from .projectors_llava_vr import PROJECTORS, CAbstractorProjector, ResamplerProjector
@@ -90,13 +92,6 @@ class VisionRemember(nn.Module):
         return self.out(read.flatten(1)).masked_fill(~present.any(-1, keepdim=True), 0), weights
 
 
-class RememberTrace:
-    """Collects the attention weights of one forward pass, by decoder layer. Not a dict: those are copied on the way."""
-
-    def __init__(self):
-        self.weights: dict[int, torch.Tensor] = {}
-
-
 class RememberModules(nn.ModuleDict):
     """The `VisionRemember` modules, each under the index of the decoder layer that it follows."""
 
@@ -106,7 +101,7 @@ class RememberModules(nn.ModuleDict):
         hidden_states: torch.Tensor,
         vision_memory: torch.Tensor | None = None,
         vision_index: torch.Tensor | None = None,
-        vision_trace: RememberTrace | None = None,
+        vision_trace: SimpleNamespace | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """The hidden states `(batch, sequence, hidden_size)` after one module, for `RememberHook`.
@@ -116,6 +111,7 @@ class RememberModules(nn.ModuleDict):
         Args:
             vision_memory: `(tokens, window * window, 2 * K * L + 1)`, keys and values of all L modules, and presence.
             vision_index: `(tokens,)`, positions of the vision tokens in the flat batch.
+            vision_trace: takes the attention weights, by decoder layer, in its `weights`.
         """
         if vision_memory is None:
             return hidden_states
@@ -243,13 +239,14 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         current = type(self)  # under FSDP2 a class of torch's, whose code would be saved instead of this file
         self.__class__ = next(cls for cls in current.__mro__ if not cls.__module__.startswith("torch."))
         try:
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = current
+        write_card(save_directory, self)
 
 
 class LlavaVrModel(LlavaVrPreTrainedModel):
@@ -459,7 +456,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
                 memory = self.join_memory(images.deepstack_features[0], inputs_embeds)
                 if memory.shape[1] or output_remember_attentions or self._always_runs_vision():
                     wanted = output_remember_attentions or not (self._hooks_verified or torch.compiler.is_compiling())
-                    trace = RememberTrace() if wanted else None
+                    trace = SimpleNamespace(weights={}) if wanted else None  # a dict would be copied on the way
                     kwargs |= {"vision_memory": memory, "vision_index": index, "vision_trace": trace}
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -518,7 +515,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
             return torch.nonzero_static(mask.flatten(), size=num_tokens).squeeze(-1)
         return mask.flatten().nonzero().squeeze(-1)
 
-    def _verify_hooks(self, trace: RememberTrace):
+    def _verify_hooks(self, trace: SimpleNamespace):
         """Refuses a decoder that does not hand its keyword arguments to every layer: its modules would never run."""
         if set(trace.weights) != set(self.config.remember_layers):
             self._refuse_decoder("does not hand its keyword arguments to its layers, so no module would run")

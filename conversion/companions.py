@@ -12,6 +12,7 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 
 import llava_vr
 from llava_vr import LlavaVrConfig, LlavaVrProcessor
+from llava_vr.card_llava_vr import make_card
 
 from .plan import Plan
 from .readers import ConversionError, read_json, reading
@@ -212,45 +213,9 @@ def write_companions(
 
 
 def _card(source: Source, plan: Plan, style: str) -> str:
-    config = plan.config
-    layers = ", ".join(map(str, config.remember_layers)) or "none"
     new = [step.target for step in plan.steps if step.handle is None]
     untrained = sorted({".".join(name.split(".")[1:3]) if "remember" in name else name.split(".")[1] for name in new})
-    vision, text = config.vision_config, config.text_config
-    note = f"\nNot trained yet: {', '.join(untrained)}.\n" if untrained else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- llava-vr
-- vision-remember
----
-
-# {source.folder.resolve().name}, as LLaVA-VR
-
-Converted from {source.kind} by `convert_weights.py`: {plan.summary().splitlines()[0]}.
-{note}
-| | |
-|---|---|
-| vision tower | {vision.model_type}, {vision.image_size} pixels, patches of {vision.patch_size} |
-| decoder | {text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size} |
-| projector | {config.projector_type}, {config.projector_downsample} patches a side to a token |
-| Vision Remember modules after layers | {layers} |
-| images | {config.image_aspect_ratio}, {config.image_merge_type} |
-| conversation | {style} |
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True, dtype="auto")
-processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
-content = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": "What is it?"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-).to(model.dtype)
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100), skip_special_tokens=True)[0])
-```
-
-The licences of the source's parts apply to this folder.
-"""
+    rows = {"not trained yet": ", ".join(untrained)} if untrained else {}
+    origin = f"Converted from {source.kind} by `convert_weights.py`: {plan.summary().splitlines()[0]}."
+    name = f"{source.folder.resolve().name}, as LLaVA-VR"
+    return make_card(plan.config, name, origin, {**rows, "conversation": style})

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from llava_vr import LlavaVrCollator
+from llava_vr.card_llava_vr import trained_parts, write_card
 from llava_vr.training import (
     PARTS,
     EncodedRows,
@@ -275,8 +276,13 @@ def main():
     trainer.save_model()
     if trainer.is_world_process_zero():
         Path(args.output, "log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+        model = trainer.accelerator.unwrap_model(model)
+        parts = trained_parts(model)
+        write_card(args.output, model, parts)
         if args.merge:
-            trainer.accelerator.unwrap_model(model).merge_and_unload().save_pretrained(args.merge)
+            merged = model.merge_and_unload()
+            merged.save_pretrained(args.merge)
+            write_card(args.merge, merged, parts)
             processor.save_pretrained(args.merge)
         report(skipped)
 

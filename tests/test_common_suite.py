@@ -17,6 +17,8 @@ from llava_vr import LlavaVrForConditionalGeneration
 ROOT = Path(__file__).parents[1]
 MINIMUM = 192 if version.parse(transformers.__version__) >= version.parse("5.23") else 170  # older suites are shorter
 
+pytestmark = pytest.mark.common
+
 
 def run(package: Path):
     command = [ROOT / "tests" / "common_suite" / "run.sh", package]

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_vr import LlavaVrCollator
+from llava_vr.card_llava_vr import PARTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,8 @@ def test_a_stage_trains_its_parts(train, package, tmp_path, capsys, stage):
         names = {path.name for path in folder.iterdir()}
         assert {f"{name}_llava_vr.py" for name in ("configuration", "modeling", "processing")} <= names
         AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| trained | {', '.join(PARTS[part] for part in TRAINED[stage])} |" in card
     assert all(torch.equal(value, after[name]) for name, value in load(tmp_path / "out").state_dict().items())
 
 

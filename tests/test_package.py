@@ -3,18 +3,23 @@
 import argparse
 import functools
 import http.server
+import importlib.metadata
 import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import HfArgumentParser
+
+from llava_vr import __version__
 
 
 ROOT = Path(__file__).parents[1]
@@ -195,44 +200,81 @@ def test_the_checkpoint_leaves_lengths_and_caching_to_its_caller():
     assert "use_cache" not in json.loads((ROOT / "config.json").read_text())
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {"README.md": README} | {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
+}
 
 
-def test_readme_python(run, tmp_path):
-    """The code blocks in their order, in one process, in a folder that looks like this one."""
+def blocks(page: str, language: str) -> list[str]:
+    """A page's blocks of code of a language, but those with a line `<!-- not run: why -->` before them."""
+    found = re.findall(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    return [code for marked, name, code in found if name == language and not marked]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_of_the_documents(run, tmp_path, page):
+    """A page's blocks in their order, after the first of README.md, in a folder that looks like this one."""
     home = tmp_path / "home"
     home.mkdir()
     for entry in ROOT.iterdir():
         if not entry.name.startswith(".") and entry.name != "fine-tuned":
             (home / entry.name).symlink_to(entry)
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks("python")), encoding="utf-8")
+    script = tmp_path / "page.py"
+    code = blocks("README.md", "python")[: None if page == "README.md" else 1]
+    script.write_text("\n".join(code if page == "README.md" else code + blocks(page, "python")), encoding="utf-8")
     run(str(script), cwd=home)
-    assert (home / "fine-tuned" / "modeling_llava_vr.py").is_file()
+    assert page != "README.md" or (home / "fine-tuned" / "collator_llava_vr.py").is_file()
 
 
-def test_readme_answer(run):
-    """The command of README.md prints the answer beside it, which is on the picture."""
-    (question,) = re.findall(r'examples/ask\.py examples/receipt\.png "([^"]+)"', README)
-    (answer,) = re.findall(r"^\| !\[.*\]\(examples/receipt\.png\) \| `(.*)` \|$", README, re.MULTILINE)
-    assert run(str(ROOT / "examples" / "ask.py"), PICTURE, question) == f"{answer}\n"
+ANSWERS = """
+import json
+import sys
+
+for picture, question in json.loads(sys.argv[1]):
+    inputs = encode([chat(question, picture)])
+    sequences = model.generate(**inputs, max_new_tokens=100)
+    (answer,) = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(answer.replace("\\n", " / "))
+"""
 
 
-def test_readme_names_what_exists():
-    names = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    names += [part for row in re.findall(r"^\| `([^`]+)` \|", README, re.MULTILINE) for part in row.split()[:1]]
-    names = [name for name in names if "/" in name or name.endswith(".py")]
-    assert names and not [name for name in names if not (ROOT / name).exists()]
+def test_answers_of_the_readme(run):
+    """The model's answers are those of the table of samples, of the command, and of the metadata."""
+    pictures, questions, answers = (
+        [cell.strip() for cell in row.split("|")[1:-1]]
+        for row in re.search(r"(\| !\[.*\|\n)(.*\|\n)(.*\|\n)", README).groups()
+    )
+    pictures = [re.fullmatch(r"!\[.+\]\((.+)\)", picture)[1] for picture in pictures]
+    asked = [*zip(pictures, questions), *re.findall(r'examples/ask\.py (examples/receipt\.png) "([^"]+)"', README)]
+    expected = [re.match("`(.+?)`", answer)[1] for answer in answers] + re.findall(
+        r"nano checkpoint answers (\d+)", README
+    )
+    widget = ModelCard(README).data.widget
+    asked += [(example["src"], example["text"]) for example in widget]
+    expected += [example["output"]["text"] for example in widget]
+    assert len(asked) == len(expected) > 8
+    assert run(blocks("README.md", "python")[0] + ANSWERS, json.dumps(asked), cwd=ROOT).splitlines()[1:] == expected
 
 
-def test_readme_is_complete():
-    assert not re.findall(r"\[\[\w+\]\]", README), "numbers still to be measured"
+def test_scores_in_the_metadata_are_those_of_the_result_files():
+    exact = json.loads((ROOT / "lab" / "results" / "nano_held_out.json").read_text())["exact"]
+    found = [result.metric_value for result in ModelCard(README).data.eval_results]
+    assert found == [round(100 * domain["all"], 1) for domain in exact.values()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_documents_name_what_exists(page):
+    names = re.findall(r"\]\((?!http)([^)#]+)", PAGES[page])
+    assert not [name for name in names if not (ROOT / page).parent.joinpath(name).exists()]
+    names = [part for row in re.findall(r"^\| `([^`]+)` \|", PAGES[page], re.MULTILINE) for part in row.split()[:1]]
+    names = [name for name in names if name.endswith((".py", "/")) and "_" in name]
+    assert not [name for name in names if not (ROOT / name).exists()]
 
 
 def test_git_ignores_what_the_documents_write():
     ignored = (ROOT / ".gitignore").read_text().splitlines()
-    assert {"/fine-tuned/", "/tickets/", "/lab/runs/"} <= set(ignored)
+    assert {"/fine-tuned/", "/tickets/", "/lab/runs/", "/map-*.png"} <= set(ignored)
 
 
 SCRIPTS = [ROOT / "convert_weights.py", *ROOT.glob("docs/*.py"), *ROOT.glob("examples/*.py")]
@@ -285,8 +327,98 @@ def test_help_has_examples_that_can_be_pasted(start, capsys, name):
             start(name, *words[words.index(name) + 1 :])
 
 
-def test_ask_names_a_bad_picture(package, tmp_path):
-    command = [sys.executable, ROOT / "examples" / "ask.py", "no.png", "what?", "--model", package]
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2 and "no.png" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_the_documents_can_be_pasted(start, page):
+    """Each command of a script of this repository is parsed by it, and each file of examples/ that it names exists."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
+    for words in (shlex.split(line, comments=True) for line in lines):
+        name = next((word for word in words if word in COMMAND_LINES), None)
+        if name is None or "&&" in words or words[0] not in ("python", "torchrun", "accelerate"):
+            continue
+        assert all(Path(word).exists() for word in words if word.startswith("examples/"))
+        with pytest.raises(Parsed):
+            start(name, *words[words.index(name) + 1 :])
+
+
+@pytest.fixture
+def ask(package, tmp_path):
+    """`ask(*arguments)`: examples/ask.py with the tiny package; its exit code, output and errors."""
+
+    def ask(*arguments: str) -> tuple[int, str, str]:
+        command = [sys.executable, ROOT / "examples" / "ask.py", *map(str, arguments), "--model", package]
+        env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        return done.returncode, done.stdout, done.stderr
+
+    return ask
+
+
+def test_ask_names_a_bad_picture(ask):
+    code, out, err = ask("no.png", "what?")
+    assert code == 2 and "no.png" in err and "Traceback" not in err and not out
+
+
+def test_ask_answers_a_folder_but_for_what_cannot_be_read(ask, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        shutil.copy(PICTURE, folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture either")
+    code, out, err = ask(folder, PICTURE, "what?", "--json", "--batch-size", 3, "--max-new-tokens", 2)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["image"] for record in records] == [*(str(folder / f"{i}.png") for i in range(3)), str(PICTURE)]
+    assert len({record["answer"] for record in records}) == 1 and records[0]["image_tokens"] > 4
+    assert code == 2 and "broken.png" in err and "notes.txt" not in err and "Traceback" not in err
+
+
+def test_ask_names_a_choice_that_is_none(ask):
+    code, _, err = ask(PICTURE, "what?", "--downsample", 7)
+    assert code == 2 and "projector_downsample must be one of [2]" in err and "Traceback" not in err
+
+
+COMMANDS = runpy.run_path(str(ROOT / "__main__.py"))["COMMANDS"]
+
+
+@pytest.fixture
+def llava_vr(monkeypatch, capsys):
+    """`llava_vr(*arguments)`: the command line in this process; its exit code, output and errors."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llava-vr", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("llava_vr", run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_help_and_version_of_the_command_line(llava_vr):
+    code, text, _ = llava_vr("--help")
+    assert code == 0 and all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in COMMANDS)
+    assert llava_vr("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("name, option", [("ask", "--json"), ("convert", "--compress"), ("evaluate", "--seen")])
+def test_commands_have_their_own_help(llava_vr, name, option):
+    code, text, _ = llava_vr(name, "--help")
+    assert code == 0 and option in text
+
+
+def test_a_command_says_what_it_needs(llava_vr, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, _, err = llava_vr("demo")
+    assert code == 2 and "pip install 'llava-vr[demo]'" in err
+    code, _, err = llava_vr("tidy")
+    assert code == 2 and "ask" in err
+
+
+def test_the_changelog_has_a_section_for_the_version():
+    assert f"## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert importlib.metadata.version("llava-vr") == __version__
+
+
+def test_ruff_is_the_same_everywhere():
+    (pinned,) = re.findall(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor, LlavaNextProcessor, LlavaProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor, processing_llava_vr
+from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor, images_llava_vr
 
 
 MODES = {
@@ -506,8 +506,8 @@ def test_url(pixels_of, tmp_path, monkeypatch):
 
 def test_url_that_never_answers(pixels_of, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    assert processing_llava_vr.URL_TIMEOUT == 10
-    monkeypatch.setattr(processing_llava_vr, "URL_TIMEOUT", 0.2)
+    assert images_llava_vr.URL_TIMEOUT == 10
+    monkeypatch.setattr(images_llava_vr, "URL_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/image.png"
         with pytest.raises(ValueError, match=rf"images\[0\] cannot be read: '{url}' gave no picture: .*timed out"):

@@ -2,6 +2,7 @@
 
 python -m lab.data.samples --sheet sheet.png                 # five samples of every domain, with questions and answers
 python -m lab.data.samples --sheet held_out.png --held-out   # in the fonts and layouts that only the test has
+python -m lab.data.samples --pictures docs/samples --seed 4 --held-out   # a picture of each domain
 """
 
 import argparse
@@ -80,13 +81,20 @@ def draw_sheet(seed: int, held_out: bool) -> Image.Image:
 
 
 def main() -> None:
-    """Write a contact sheet."""
+    """Write a contact sheet, or pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sheet", type=Path, required=True, help="where to write the PNG")
+    parser.add_argument("--sheet", type=Path, help="where to write the PNG of a contact sheet")
+    parser.add_argument("--pictures", type=Path, help="folder for one picture of each domain, DOMAIN.png")
     parser.add_argument("--seed", type=int, default=7, help="stream of samples (default 7)")
     parser.add_argument("--held-out", action="store_true", help="fonts and layouts of the test")
     args = parser.parse_args()
-    draw_sheet(args.seed, args.held_out).save(args.sheet)
+    if args.sheet:
+        draw_sheet(args.seed, args.held_out).save(args.sheet)
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+        for name, domain in DOMAINS.items():
+            picture = domain.draw(generator(args.seed, 0), args.held_out)
+            picture.image.save(args.pictures / f"{name}.png")
 
 
 if __name__ == "__main__":
