@@ -126,7 +126,7 @@ class LlavaVrCollator:
         """One row's `input_ids`, `attention_mask` and `labels` `(length,)`, and its images. Errors name the row."""
         try:
             inputs = self.processor.apply_chat_template(
-                self._messages(row),
+                self.messages(row),
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -145,8 +145,8 @@ class LlavaVrCollator:
         labels = ids.masked_fill(~spoken, -100)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **images}
 
-    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The row's messages, each image part with its picture."""
+    def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row's messages, each image part with its picture; a ValueError says which is missing or left over."""
         if not row.get("messages"):
             raise ValueError("messages is empty or missing: a row is {'messages': [...]}, with 'images' if need be.")
         images, wanted = list(row.get("images") or []), 0

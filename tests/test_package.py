@@ -266,6 +266,7 @@ def start(monkeypatch):
 
     def start(name: str, *arguments: str):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.syspath_prepend(ROOT / Path(name).parent)  # as Python does for a script
         run = runpy.run_path if name.endswith(".py") else runpy.run_module
         run(name, run_name="__main__")
 
