@@ -18,6 +18,7 @@ import glob
 import json
 import random
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -294,10 +295,13 @@ class DistillationCollator:
         self.teacher = LlavaVrCollator(processor, projector_downsample=1, **options)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        teacher, pixels = self.teacher(rows), ("pixel_values", "image_sizes")
+        teacher = {name: value for name, value in teacher.items() if name not in pixels}
+        return {**self.student_batch(rows), "teacher": teacher}
+
+    def student_batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         self.student.seed = f"{self.seed} {[row['id'] for row in rows]}"
-        batch, teacher = self.student(rows), self.teacher(rows)
-        pixels = ("pixel_values", "image_sizes")
-        return {**batch, "teacher": {name: value for name, value in teacher.items() if name not in pixels}}
+        return self.student(rows)
 
 
 def answer_outputs(
@@ -350,10 +354,14 @@ class Distiller(Trainer):
         super().__init__(*args, **kwargs)
         self.temperature, self.hidden_states, self.labels = temperature, hidden_states, labels
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def teach(self, model, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The teacher's logits and, if they count, hidden states, as `answer_outputs` has them."""
         images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
         with as_teacher(self.accelerator.unwrap_model(model)):
-            _, teacher, teacher_states = answer_outputs(model, inputs["teacher"] | images, self.hidden_states > 0)
+            return answer_outputs(model, inputs["teacher"] | images, self.hidden_states > 0)[1:]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        teacher, teacher_states = self.teach(model, inputs)
         labels, student, states = answer_outputs(model, inputs, self.hidden_states > 0)
         loss = divergence(teacher, student, self.temperature)
         if self.hidden_states:
@@ -518,6 +526,7 @@ def train(model, processor, rows: Rows, collator: DistillationCollator, args: ar
     dtype = model.dtype
     model = set_parts(model, args.train, args.rank)
     if training.bf16 or training.fp16:
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # of a norm: slower, not wrong
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -32,15 +33,41 @@ from lab.evaluate import draw_cases, encode, measure
 from lab.export_nano import save
 from lab.train_vlm import ROOT, Dialogues
 from lab.training import describe_machine, read_config, train
-from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
+from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-from distill import DistillationCollator, Distiller, Rows, set_parts, write_answers  # noqa: E402
+from distill import (  # noqa: E402
+    DistillationCollator,
+    Distiller,
+    Rows,
+    answer_outputs,
+    set_parts,
+    write_answers,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "distill"
 CONFIG = read_config("distill")
+
+
+class StoredTeacher(Distiller):
+    """The teacher's logits come with the batch: all students have the same, and a CPU computes them once."""
+
+    def teach(self, model, inputs):
+        return inputs.pop("teacher_logits"), []
+
+
+class StoredTeacherCollator(DistillationCollator):
+    """As its base, with the teacher's logits in place of its inputs."""
+
+    def __init__(self, processor: LlavaVrProcessor, seed: int, logits: dict[str, torch.Tensor]):
+        super().__init__(processor, seed)
+        self.logits = logits
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        logits = torch.cat([self.logits[row["id"]] for row in rows])
+        return {**self.student_batch(rows), "teacher_logits": logits.float()}
 
 
 @dataclass(frozen=True)
@@ -49,13 +76,11 @@ class Student:
 
     Args:
         downsamples: its choices of s beside 1.
-        parts: what is trained, of `examples/distill.py`'s; nothing for the source with pooling alone.
-        options: of the loss.
+        parts: what is trained, of `examples/distill.py`'s.
     """
 
     downsamples: tuple[int, ...]
     parts: tuple[str, ...] = ("projector", "modules")
-    options: tuple[tuple[str, float], ...] = ()
 
 
 STUDENTS = {
@@ -65,7 +90,6 @@ STUDENTS = {
     "modules-2-4": Student((2, 4)),
     "pooling-2": Student((2,), ("projector",)),
     "modules_alone-4": Student((4,), ("modules",)),
-    "hidden_states-4": Student((4,), options=(("hidden_states", 1.0),)),
 }
 TABLE = ("modules-4", "pooling-4", "modules-2", "modules-2-4", "pooling-2")
 CONTROLS = ("source", "untrained", "shrunk")  # without training, and so without a seed
@@ -129,10 +153,24 @@ def get_rows(source: LlavaVrForConditionalGeneration, folder: Path) -> Rows:
         first, *others = (turn.question for turn in turns)
         contents = ([picture, {"type": "text", "text": first}], *others)
         rows.append({"id": str(index), "messages": [{"role": "user", "content": content} for content in contents]})
-    processor = processor_for(source)
-    collator = DistillationCollator(processor_for(compress(source, (2, 4), 0))).teacher
-    answers = write_answers(source, processor, Rows(rows), collator, folder, batch_size=64, max_new_tokens=64)
-    return Rows(rows, answers)
+    processor, sizes = processor_for(source), {"batch_size": 64, "max_new_tokens": 64}
+    return Rows(rows, write_answers(source, processor, Rows(rows), LlavaVrCollator(processor), folder, **sizes))
+
+
+@torch.inference_mode()
+def get_logits(source: LlavaVrForConditionalGeneration, rows: Rows, path: Path) -> dict[str, torch.Tensor]:
+    """The source's logits at the tokens of its answers, `(tokens, vocabulary)` by the row's id."""
+    if path.is_file():
+        return load_file(path)
+    collator, logits = LlavaVrCollator(processor_for(source)), {}
+    for first in tqdm(range(0, len(rows), 16), desc="the teacher's logits"):
+        chats = [rows[i] for i in range(first, min(first + 16, len(rows)))]
+        batch = collator(chats)
+        _, found, _ = answer_outputs(source, batch)
+        counts = (batch["labels"][:, 1:] != -100).sum(1).tolist()
+        logits |= {chat["id"]: part.half().clone() for chat, part in zip(chats, found.split(counts))}
+    save_file(logits, path)
+    return logits
 
 
 def compress(
@@ -174,7 +212,15 @@ def equal_at_1(model, source) -> bool:
     return torch.equal(*logits)
 
 
-def run(name: str, seed: int, source, rows: Rows, folder: Path, deadline: float | None) -> dict[str, Any] | None:
+def run(
+    name: str,
+    seed: int,
+    source: LlavaVrForConditionalGeneration,
+    rows: Rows,
+    logits: dict[str, torch.Tensor],
+    folder: Path,
+    deadline: float | None,
+) -> dict[str, Any] | None:
     """Trains and measures one student; None if time was up."""
     student, settings = STUDENTS[name], CONFIG["student"]
     model = compress(source, student.downsamples, seed, modules="modules" in student.parts)
@@ -182,7 +228,7 @@ def run(name: str, seed: int, source, rows: Rows, folder: Path, deadline: float 
     length, rng = settings["max_steps"] * settings["per_device_train_batch_size"], np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-length // len(rows)))])[:length]
     processor = processor_for(model)
-    options = {"data_collator": DistillationCollator(processor, seed), "trainer": Distiller, **dict(student.options)}
+    options = {"data_collator": StoredTeacherCollator(processor, seed, logits), "trainer": StoredTeacher}
     log = train(model, Subset(rows, order), folder, settings, seed, deadline, **options)
     if log is None:
         return None
@@ -233,20 +279,22 @@ def main() -> None:
             print("done   " if path.is_file() else "missing", name, seed)
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    source = get_source(args.runs / "source", deadline)
-    rows = None if source is None else get_rows(source, args.runs / "source-answers")
-    for (name, seed), path in paths.items():
+    missing = [job for job, path in paths.items() if not path.is_file()]
+    source, taught = get_source(args.runs / "source", deadline), None
+    for name, seed in missing:
         if source is None or (deadline is not None and time.monotonic() > deadline):
             print("time is up: the same command goes on")
             return
-        if path.is_file():
-            continue
         print(f"{name}, seed {seed}", flush=True)
         if name in CONTROLS:
             found = run_control(name, source)
         else:
-            found = run(name, seed, source, rows, args.runs / f"{name}-{seed}", deadline)
+            if taught is None:
+                rows = get_rows(source, args.runs / "source-answers")
+                taught = rows, get_logits(source, rows, args.runs / "source-logits.safetensors")
+            found = run(name, seed, source, *taught, args.runs / f"{name}-{seed}", deadline)
         if found is not None:
+            path = paths[name, seed]
             path.write_text(json.dumps({"row": name, "seed": seed, **found, **describe_machine()}) + "\n")
 
 

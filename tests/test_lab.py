@@ -544,7 +544,8 @@ def test_the_uncompressed_model_is_retrained_as_the_compressed_ones_are():
 def source():
     """The nano checkpoint made uncompressed, and not trained on."""
     fields = {"projector_type": "mlp", "projector_downsample": 1, "projector_downsample_choices": None}
-    return distill.derive(LlavaVrForConditionalGeneration.from_pretrained(ROOT), **fields, remember_layers=[])
+    fields |= {"projector_kwargs": None, "remember_layers": []}
+    return distill.derive(LlavaVrForConditionalGeneration.from_pretrained(ROOT), **fields)
 
 
 def test_compressed_model_is_its_source_at_1(source):

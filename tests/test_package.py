@@ -232,7 +232,7 @@ def test_readme_is_complete():
 
 def test_git_ignores_what_the_documents_write():
     ignored = (ROOT / ".gitignore").read_text().splitlines()
-    assert {"/fine-tuned/", "/tickets/", "/lab/runs/"} <= set(ignored)
+    assert {"/fine-tuned/", "/tickets/", "/lab/runs/", "/compressed/", "/trained/"} <= set(ignored)
 
 
 SCRIPTS = [ROOT / "convert_weights.py", *ROOT.glob("docs/*.py"), *ROOT.glob("examples/*.py")]
