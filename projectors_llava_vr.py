@@ -62,15 +62,21 @@ class MlpProjector(Mlp):
 
 
 class AvgPoolProjector(MlpProjector):
-    """DeCo: the mean of each region, then the MLP."""
+    """DeCo: the mean of each region, then the MLP. With `pooled_mlp` means have an MLP of their own, so that training
+    it leaves s = 1 as it was."""
 
+    options = {"pooled_mlp": False}
     any_downsample = True
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooled_mlp = MlpProjector(config) if config.projector_kwargs["pooled_mlp"] else None
+
     def forward(self, features, downsample, levels=None):
-        if downsample > 1:
-            grid = to_grid(features).permute(0, 3, 1, 2)
-            features = average_regions(grid, downsample).flatten(2).transpose(1, 2)
-        return super().forward(features, downsample)
+        if downsample == 1:
+            return super().forward(features, downsample)
+        means = average_regions(to_grid(features).permute(0, 3, 1, 2), downsample).flatten(2).transpose(1, 2)
+        return super().forward(means, downsample) if self.pooled_mlp is None else self.pooled_mlp(means, downsample)
 
 
 class PixelShuffleProjector(MlpProjector):

@@ -255,7 +255,7 @@ def _compress(source: Source, options: Options):
             "and give the source's tokens at s = 1."
         )
     choices = list(dict.fromkeys([1, *options.compress]))
-    config |= {"projector_type": "avg_pool", "projector_kwargs": None}
+    config["projector_type"] = "avg_pool"
     config |= {"projector_downsample": options.compress[0], "projector_downsample_choices": choices}
     if not config["remember_layers"] and options.remember_layers is None:
         config["remember_layers"] = None  # evenly spaced

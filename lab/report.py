@@ -13,6 +13,7 @@ from statistics import mean, stdev
 import matplotlib
 import numpy as np
 
+from lab import distill
 from lab.data.dense_labels import LABEL_TYPES
 from lab.experiments import (
     ABLATION,
@@ -353,6 +354,123 @@ def section_from_nano(scale: str) -> list[str]:
     return lines
 
 
+def kept_answers(right: dict, source: dict) -> np.ndarray:
+    """For each picture of the test, how many of the answers that the source has right are right: `(pictures,)`.
+
+    Args:
+        right, source: as `evaluate.measure` has them, by style.
+    """
+    found = []
+    for style, domains in source.items():
+        for domain, by_type in domains.items():
+            texts = zip(by_type.values(), right[style][domain].values())
+            both = [[int(a) * int(b) for a, b in zip(theirs, ours)] for theirs, ours in texts]  # (types, pictures)
+            found.append(np.sum(both, axis=0))
+    return np.concatenate(found)
+
+
+def share(kept: list[np.ndarray], of: np.ndarray) -> tuple[float, float, float]:
+    """The percentage of answers kept, and its 95% bootstrap interval over seeds and pictures.
+
+    Args:
+        kept: for each seed `(pictures,)`, answers or differences of them.
+        of: `(pictures,)`, the source's right answers.
+    """
+    kept, rng, drawn = np.stack(kept), np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        seeds, pictures = (rng.integers(size, size=size) for size in kept.shape)
+        drawn.append(kept[np.ix_(seeds, pictures)].mean(0).sum() / of[pictures].sum())
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return tuple(100 * float(value) for value in (kept.mean(0).sum() / of.sum(), low, high))
+
+
+def section_distill() -> list[str]:
+    """Compression without labels: all students beside the source and its controls, and what was hoped for."""
+    runs = defaultdict(dict)
+    for path in sorted(distill.RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        runs[result["row"]][result["seed"]] = result
+    source = runs["source"][0]["right"]["1"]
+    of, kept = kept_answers(source, source), {}  # kept: by model and s, for each seed, `(pictures,)`
+    lines = ["| model | s | image tokens | seen | held out | kept of the source's right answers | seeds |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in (*distill.CONTROLS, *distill.STUDENTS):
+        for s in sorted({s for run in runs[name].values() for s in run["right"]}):
+            found = {seed: run["right"][s] for seed, run in runs[name].items()}
+            kept[name, s] = {seed: kept_answers(right, source) for seed, right in found.items()}
+            score = Score([{"right": right} for right in found.values()])
+            cells = [name, s, distill.tokens_at(int(s)), *(score.cell(DOMAINS, style) for style in STYLES)]
+            cells += [show_share(share(list(kept[name, s].values()), of)), len(found)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    trained = [run for name in distill.STUDENTS for run in runs[name].values()]
+    steps, pictures = distill.CONFIG["student"]["max_steps"], distill.CONFIG["pictures"]["count"]
+    return [
+        "## Fewer tokens, without labels",
+        "",
+        f"`python -m lab.distill`: the uncompressed source answers questions about {pictures} new pictures, and each "
+        f"model is trained on these answers for {steps} steps, its decoder frozen. "
+        f"{machine_and_cost({'': Score(trained)})}. Exact match, mean of five domains, "
+        f"{distill.CONFIG['test']['count']} pictures of each in either style. Intervals are over pictures and seeds; a "
+        "seed varies data order and first weights. `untrained` pools without training; `shrunk` is the source on "
+        "pictures whose sides are s times shorter, the positions of its tower interpolated.",
+        "",
+        *lines,
+        "",
+        *compression_targets(kept, of, [run["equal_at_1"] for run in trained]),
+    ]
+
+
+def show_share(values: tuple[float, float, float]) -> str:
+    return f"{values[0]:.1f} [{values[1]:.1f}, {values[2]:.1f}]"
+
+
+def compression_targets(
+    kept: dict[tuple[str, str], dict[int, np.ndarray]], of: np.ndarray, equal_at_1: list[bool]
+) -> list[str]:
+    """What was hoped for, what was found, and whether that is enough; rows whose models are not there are left out."""
+
+    def difference(ours: tuple[str, str], other: tuple[str, str]) -> list[np.ndarray]:
+        seeds = sorted(kept.get(ours, {}).keys() & kept.get(other, {}).keys())
+        return [kept[ours][seed] - kept[other][seed] for seed in seeds]
+
+    lines = ["| figure, in percent of the source's right answers | should be | found | |", "|---|---|---|---|"]
+    for figure, should, found, is_met in (
+        (
+            "kept at s = 2, with modules",
+            "at least 97",
+            kept.get(("modules-2", "2"), {}).values(),
+            lambda v, *_: v >= 97,
+        ),
+        (
+            "kept at s = 4, with modules",
+            "at least 85",
+            kept.get(("modules-4", "4"), {}).values(),
+            lambda v, *_: v >= 85,
+        ),
+        (
+            "with modules over without, s = 4",
+            "at least 8, interval above 0",
+            difference(("modules-4", "4"), ("pooling-4", "4")),
+            lambda v, low, _: v >= 8 and low > 0,
+        ),
+        *(
+            (
+                f"one model with choices over one for s = {s}",
+                "from -2 to 2",
+                difference(("modules-2-4", s), (f"modules-{s}", s)),
+                lambda v, *_: abs(v) <= 2,
+            )
+            for s in ("2", "4")
+        ),
+    ):
+        if found := list(found):
+            values = share(found, of)
+            lines.append(f"| {figure} | {should} | {show_share(values)} | {'met' if is_met(*values) else 'not met'} |")
+    is_met = "met" if all(equal_at_1) else "not met"
+    figure = "models whose logits at s = 1 are the source's, bit for bit"
+    return [*lines, f"| {figure} | all | {sum(equal_at_1)} of {len(equal_at_1)} | {is_met} |"]
+
+
 def main() -> None:
     """Write lab/RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -366,6 +484,8 @@ def main() -> None:
             lines += ["", f"## Scale {scale}", "", f"Not run. `python -m lab.run_experiments --scale {scale}` runs it."]
         if (RESULTS / f"{scale}{FROM_NANO}").is_dir():
             lines += ["", *section_from_nano(scale)]
+    if distill.RESULTS.is_dir():
+        lines += ["", *section_distill()]
     lines += ["", "[NOTES.md](NOTES.md) says what was tried."]
     args.output.write_text("\n".join(lines) + "\n")
 

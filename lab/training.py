@@ -63,6 +63,7 @@ def train(
     settings: dict[str, Any],
     seed: int,
     deadline: float | None = None,
+    trainer: type[Trainer] = Trainer,
     **trainer_options: Any,
 ) -> list[dict[str, float]] | None:
     """
@@ -71,6 +72,7 @@ def train(
     Args:
         settings: of transformers' `TrainingArguments`, as a scale of a configuration file has them.
         deadline: `time.monotonic()` at which to save and stop.
+        trainer, trainer_options: what trains, and what else it takes.
 
     Returns:
         The log, or None if time was up before the end.
@@ -93,7 +95,7 @@ def train(
         report_to="none",
         **settings,
     )
-    trainer = Trainer(
+    run = trainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
@@ -101,8 +103,8 @@ def train(
         callbacks=[Clock(deadline)],
         **trainer_options,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.is_dir() else None)
-    return trainer.state.log_history if trainer.state.global_step >= arguments.max_steps else None
+    run.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.is_dir() else None)
+    return run.state.log_history if run.state.global_step >= arguments.max_steps else None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
         "projector_downsample": 2,
         "projector_downsample_choices": None,
         "projector_hidden_act": "gelu",
-        "projector_kwargs": {},
+        "projector_kwargs": {"pooled_mlp": False},
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "remember_feature_layers": [13, 18, 23],
@@ -261,7 +261,10 @@ def test_loads_a_llava_next_configuration(tiny_config):
         ({"image_grid_pinpoints": [32, 64]}, "image_grid_pinpoints must be .* found 32"),
         ({"image_grid_pinpoints": [["32", "64"]]}, "image_grid_pinpoints must be"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints must not be empty with image_aspect_ratio 'anyres'"),
-        ({"projector_kwargs": {"depth": 2}}, r"projector_kwargs has \['depth'\], but avg_pool has the options \[\]"),
+        (
+            {"projector_kwargs": {"depth": 2}},
+            r"projector_kwargs has \['depth'\], but avg_pool has the options \['pooled_mlp'\]",
+        ),
         (
             {"projector_type": "resampler", "projector_kwargs": {"mlp": 1}},
             r"projector_kwargs has \['mlp'\], but resampler has the options \['depth', 'num_heads'\]",

@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import export_nano, run_experiments  # noqa: E402
+from lab import distill, export_nano, run_experiments  # noqa: E402
 from lab.baselines import MODULES, FastV, GlobalCrossAttention, SvaLayer  # noqa: E402
 from lab.data import charts, ocr, receipts, shapes, tables  # noqa: E402
 from lab.data.dense_labels import CANVAS, COLOURS, LABEL_TYPES, PLANES, Labels  # noqa: E402
@@ -39,12 +39,24 @@ from lab.experiments import (  # noqa: E402
 )
 from lab.flops import added_cost  # noqa: E402
 from lab.nano import make_processor  # noqa: E402
-from lab.report import Score, difference, gain_table, gains, load, section_from_nano, targets_table  # noqa: E402
+from lab.report import (  # noqa: E402
+    Score,
+    compression_targets,
+    difference,
+    gain_table,
+    gains,
+    kept_answers,
+    load,
+    section_distill,
+    section_from_nano,
+    share,
+    targets_table,
+)
 from lab.run_experiments import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
 from lab.train_vlm import Dialogues, draw_turns, processor_of, start_of, training_of  # noqa: E402
 from lab.training import train  # noqa: E402
-from llava_vr import LlavaVrConfig  # noqa: E402
+from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -523,3 +535,75 @@ def test_the_gap_is_told_to_each_uncompressed_model_that_is_ahead():
 def test_the_uncompressed_model_is_retrained_as_the_compressed_ones_are():
     assert UNCOMPRESSED_RETRAINED.name != "uncompressed"
     assert training_of(UNCOMPRESSED_RETRAINED, "cpu") == training_of(REFERENCE, "cpu")
+
+
+# ----------------------------------------------------------------------------------------- compression without labels
+
+
+@pytest.fixture(scope="module")
+def source():
+    """The nano checkpoint made uncompressed, and not trained on."""
+    fields = {"projector_type": "mlp", "projector_downsample": 1, "projector_downsample_choices": None}
+    fields |= {"projector_kwargs": None, "remember_layers": []}
+    return distill.derive(LlavaVrForConditionalGeneration.from_pretrained(ROOT), **fields)
+
+
+def test_compressed_model_is_its_source_at_1(source):
+    model, other = (distill.compress(source, (2, 4), seed) for seed in (1, 2))
+    assert distill.equal_at_1(model, source) and distill.equal_at_1(other, source)
+    before, after = model.state_dict(), other.state_dict()
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differing and all("vision_remember" in name for name in differing)
+    assert not len(distill.compress(source, (4,), 1, modules=False).model.vision_remember)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight.add_(0.01)
+    assert not distill.equal_at_1(model, source)
+
+
+def test_shrunk_pictures_have_positions_as_clip_interpolates_them(source):
+    pixels = torch.randn(2, 3, CANVAS // 2, CANVAS // 2)
+    small = distill.shrink(source, 2)
+    with torch.no_grad():
+        expected = source.model.vision_tower.embeddings(pixels, interpolate_pos_encoding=True)
+        torch.testing.assert_close(small.model.vision_tower.embeddings(pixels), expected)
+    inputs = encode(small, distill.processor_for(small), list(draw_cases(0, 1, True, ("shapes",))), 1)
+    assert (inputs["input_ids"] == small.config.image_token_id).sum() == len(inputs["input_ids"]) * 36
+
+
+def test_answers_kept_and_their_targets():
+    theirs = {"seen": {"ocr": {"a": "110", "b": "101"}}, "held out": {"ocr": {"a": "01", "b": "11"}}}
+    ours = {"seen": {"ocr": {"a": "011", "b": "100"}}, "held out": {"ocr": {"a": "11", "b": "01"}}}
+    of, kept = kept_answers(theirs, theirs), kept_answers(ours, theirs)
+    assert of.tolist() == [2, 1, 1, 1, 2] and kept.tolist() == [1, 1, 0, 0, 2]
+    value, low, high = share([kept, of], of)
+    assert value == pytest.approx(100 * (4 + 7) / 2 / 7) and low < value < high
+    found = compression_targets({("modules-4", "4"): {1: of}, ("pooling-4", "4"): {1: kept}}, of, [True, False])
+    assert found[2].startswith("| kept at s = 4, with modules | at least 85 | 100.0 [100.0, 100.0] | met |")
+    assert "| 42.9 [" in found[3] and len(found) == 5 and found[4].endswith("| 1 of 2 | not met |")
+
+
+def test_the_table_of_compression(tmp_path, monkeypatch):
+    """Of one step each: what is stored is read, and what is there is not run again."""
+    short = {"max_steps": 1, "per_device_train_batch_size": 2}
+    small = {"pictures": {**distill.CONFIG["pictures"], "count": 3}, "test": {"count": 1, "seed": 5}}
+    small |= {name: {**distill.CONFIG[name], **short} for name in ("source", "student")}
+    monkeypatch.setattr(distill, "CONFIG", distill.CONFIG | small)
+    monkeypatch.setattr(distill, "RESULTS", tmp_path / "results")
+    arguments = ["distill", "--rows", "source", "modules-2-4", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    distill.main()
+    stored = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
+    assert set(stored) == {"source-0.json", "modules-2-4-1.json"}
+    result = json.loads(stored["modules-2-4-1.json"])
+    assert set(result["right"]) == {"2", "4"} and result["equal_at_1"]
+    table = "\n".join(section_distill())
+    assert "| source | 1 | 144 |" in table and "| modules-2-4 | 4 | 9 |" in table and "| 1 of 1 | met |" in table
+    monkeypatch.setattr(distill, "run", None)
+    distill.main()
+
+
+def test_controls_come_first_then_seed_by_seed():
+    jobs = distill.jobs(None, (1, 2))
+    assert jobs[: len(distill.CONTROLS)] == [(name, 0) for name in distill.CONTROLS]
+    assert jobs[len(distill.CONTROLS) :] == [(name, seed) for seed in (1, 2) for name in distill.TABLE]
+    assert distill.jobs(["pooling-4", "modules-4"], (1,)) == [("modules-4", 1), ("pooling-4", 1)]

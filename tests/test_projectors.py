@@ -20,6 +20,7 @@ VISION_SIZE, TEXT_SIZE, NUM_HEADS, LAYERS, TILES = 16, 24, 4, 3, 2
 GRIDS = [(4, 2), (5, 2), (6, 3), (7, 4), (8, 4), (3, 3)]  # (patches per side, s)
 PADDED_GRIDS = [(5, 2), (7, 4), (5, 3)]
 OPTIONS = {
+    "avg_pool": {"pooled_mlp": False},
     "c_abstractor": {
         "depth": 2,
         "mlp_depth": 2,
@@ -146,7 +147,8 @@ def expected_mlp(features, levels, weights, grid_size, downsample, options):
 
 
 def expected_avg_pool(features, levels, weights, grid_size, downsample, options):
-    return mlp(mean_of_regions(features, grid_size, downsample), weights)
+    means = mean_of_regions(features, grid_size, downsample)
+    return mlp(means, weights, "pooled_mlp." if options["pooled_mlp"] and downsample > 1 else "")
 
 
 def expected_pixel_shuffle(features, levels, weights, grid_size, downsample, options):
@@ -277,6 +279,13 @@ def test_avg_pool_at_1_is_the_mlp(dtype):
     mlp.load_state_dict(averaged.state_dict())
     features = make_inputs("mlp", 5)[0].to(dtype)
     assert torch.equal(averaged(features, 1), mlp(features, 1))
+
+
+@pytest.mark.parametrize("downsample", [1, 2, 4])
+def test_means_with_an_mlp_of_their_own(downsample):
+    projector, features = make_projector("avg_pool", 5, 2, pooled_mlp=True), make_inputs("avg_pool", 5)[0]
+    tokens = projector(features, downsample)
+    assert_close(tokens, expected("avg_pool", projector, features, None, 5, downsample, pooled_mlp=True))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GraniteConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, SiglipVisionConfig
+from transformers import (
+    AutoProcessor,
+    GraniteConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from builders import (
     ANYRES,
@@ -127,6 +133,22 @@ def test_our_own_uncompressed_model_and_again(saved, tmp_path):
     again = convert(tmp_path / "out", tmp_path / "again", compress=[4, 2], verify=True)
     assert again.plan.config.projector_downsample_choices == [1, 4, 2]
     assert "logits at s = 2 as LlavaVrForConditionalGeneration's of the source" in again.verified
+
+
+def test_a_distilled_model_keeps_the_mlp_of_its_means(saved, tmp_path):
+    _, folder = saved(theirs("llava_next"))
+    convert(folder, tmp_path / "compressed", compress=[2])
+    model = load(tmp_path / "compressed")
+    model.config.projector_kwargs["pooled_mlp"] = True
+    distilled = randomize(type(model)(model.config))
+    distilled.save_pretrained(tmp_path / "distilled")
+    AutoProcessor.from_pretrained(tmp_path / "compressed", trust_remote_code=True).save_pretrained(
+        tmp_path / "distilled"
+    )
+    convert(tmp_path / "distilled", tmp_path / "again", compress=[4, 2], verify=True)
+    again = load(tmp_path / "again")
+    assert again.config.projector_kwargs == {"pooled_mlp": True} and again.config.projector_downsample == 4
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in distilled.state_dict().items())
 
 
 def test_layers_and_fields_of_the_command_line(saved, tmp_path):
