@@ -216,11 +216,14 @@ FIGURES = [
     ),
     Figure("training: share of time that waits for data", 0.05, TRAINING, lambda r: r["waiting_share"]),
     Figure("loading: peak memory over the weights", 1.1, {"cpu": "loading"}, lambda r: r["loading"]["peak_over_file"]),
-    Figure(
-        "64 requests: vLLM, compiled, over `generate` in one batch",
-        1 / 1.3,
-        dict.fromkeys(DEVICES, "serving"),
-        lambda r: r["times"]["generate"]["ours_over"],
+    *(
+        Figure(
+            f"64 requests, questions of {load}: vLLM, compiled, over `generate` in one batch",
+            1 / 1.3,
+            dict.fromkeys(DEVICES, "serving"),
+            lambda result, load=load: result["times"][load]["generate"]["ours_over"],
+        )
+        for load in ("one type", "all types")
     ),
 ]
 

@@ -1,14 +1,16 @@
 """64 requests to vLLM, compiled, beside `generate` in one batch of 64: each about its own picture, pictures included.
 
-The calls take turns in one run; vLLM computes in its own process. No cache of prefixes or of pictures is on, so every
-round encodes every picture. Both give the same answers, which is checked first. It needs the environment of vLLM
-(docs/serving.md); on two cores it takes about four minutes.
+Two loads: questions of one type, whose answers are short and alike in length, and questions of all types in turns, some
+of which ask for a transcription. The calls take turns in one run; vLLM computes in its own process. No cache of
+prefixes or of pictures is on, so every round encodes every picture. Both give the same answers, which is checked first.
+It needs the environment of vLLM (docs/serving.md).
 
     python -m benchmarks.serving
 """
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -25,7 +27,7 @@ from benchmarks.common import (
     write_json,
     write_table,
 )
-from lab.evaluate import answer, draw_cases, encode
+from lab.evaluate import Case, answer, draw_cases, encode
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +48,12 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=dtype)
     model = model.to(args.device).eval()
-    cases = list(draw_cases(99, args.requests, False, ("receipt",)))
-    cases = cases[:: len(cases) // args.requests][: args.requests]  # a picture each
+    drawn = list(draw_cases(99, args.requests, False, ("receipt",)))
+    kinds = len(drawn) // args.requests
+    loads = {
+        "one type": drawn[::kinds],
+        "all types": [drawn[kinds * picture + picture % kinds] for picture in range(args.requests)],
+    }
     engine = vllm.LLM(
         args.model,
         trust_remote_code=True,
@@ -58,36 +64,39 @@ def main() -> None:
         **({"gpu_memory_utilization": 0.5} if args.device.type == "cuda" else {}),
     )
     greedy = vllm.SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    prompts = []
-    for case in cases:
+
+    def prompt(case: Case) -> dict:
         content = [{"type": "image", "image": case.image}, {"type": "text", "text": case.turn.question}]
         chat = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        prompts.append({"prompt": text, "multi_modal_data": {"image": case.image}})
+        return {"prompt": text, "multi_modal_data": {"image": case.image}}
 
-    def serve() -> list[str]:
-        return [output.outputs[0].text for output in engine.generate(prompts, greedy, use_tqdm=False)]
+    def serve(cases: list[Case]) -> list[str]:
+        return [output.outputs[0].text for output in engine.generate(list(map(prompt, cases)), greedy, use_tqdm=False)]
 
-    def generate() -> list[str]:
+    def generate(cases: list[Case]) -> list[str]:
         return answer(model, processor, encode(model, processor, cases))
 
-    served, generated = serve(), generate()
-    equal = sum(a == b for a, b in zip(served, generated))
-    if equal < 0.95 * len(cases):  # in bfloat16 two tokens may be as likely
-        raise SystemExit(f"Only {equal} of {len(cases)} answers are equal: the two do not do the same work.")
-    times = compare(interleave({"ours": serve, "generate": generate}, args.rounds, title="rounds"))
+    times, equal = {}, {}
+    for load, cases in loads.items():
+        equal[load] = sum(a == b for a, b in zip(serve(cases), generate(cases)))
+        if equal[load] < 0.95 * len(cases):  # in bfloat16 two tokens may be as likely
+            raise SystemExit(f"Only {equal[load]} of {len(cases)} answers are equal: the two do not do the same work.")
+        calls = {"ours": partial(serve, cases), "generate": partial(generate, cases)}
+        times[load] = compare(interleave(calls, args.rounds, title=load))
     result = {
         **head(args.scale, args.device, dtype=str(dtype).removeprefix("torch."), vllm=vllm.__version__),
-        "requests": len(cases),
+        "requests": args.requests,
         "equal_answers": equal,
         "times": times,
         "seconds": time.perf_counter() - start,
     }
     rows = [
-        [name, *(show(row[key]) for key in ("ms", "ours_over")), f"{1000 * len(cases) / row['ms'][0]:.3g}"]
-        for name, row in times.items()
+        [load, name, *(show(row[key]) for key in ("ms", "ours_over")), f"{1000 * args.requests / row['ms'][0]:.3g}"]
+        for load, by_engine in times.items()
+        for name, row in by_engine.items()
     ]
-    header = ["engine", f"{len(cases)} requests (ms)", "vLLM's time over its own", "requests a second"]
+    header = ["questions", "engine", f"{args.requests} requests (ms)", "vLLM's time over its own", "requests a second"]
     path = args.results / args.device.type / "serving.json"
     write_json(path, result)
     write_table(path.with_suffix(".md"), "Serving", result, markdown_table(header, rows))

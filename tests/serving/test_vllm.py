@@ -106,6 +106,15 @@ def model(engine, monkeypatch):
     return engine.model
 
 
+def test_images_are_cut(engine, model, requests, monkeypatch):
+    """What the tests above rest on: 16 tokens of an image in four steps."""
+    begin, pieces = model.step.begin, []
+    monkeypatch.setattr(model.step, "begin", lambda packed, is_image: pieces.append(packed) or begin(packed, is_image))
+    engine.set_chunk(5)
+    engine.answers(requests[:2])
+    assert [list(map(len, packed)) for packed in pieces if packed] == [[4, 4], [5, 5], [5, 5], [2, 2]]
+
+
 def test_memory_of_another_token_changes_answers(engine, model, requests, expected, monkeypatch):
     join = model.model.join_memory
     monkeypatch.setattr(model.model, "join_memory", lambda *rows: join(*rows).roll(1, 0), raising=False)

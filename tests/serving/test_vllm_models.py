@@ -1,5 +1,6 @@
 """Other towers, decoders, projectors and layouts than the root checkpoint's, with random weights; LoRA; refusals."""
 
+import copy
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoProcessor
 
 
@@ -20,7 +22,8 @@ pytest.importorskip("vllm")
 
 from engines import ROOT, Answer, Engine, Request, Transformers, count_equal, draw_requests  # noqa: E402
 
-from llava_vr.serving.vllm_inputs import LlavaVrProcessingInfo  # noqa: E402
+from llava_vr.conversion.templates import STYLES  # noqa: E402
+from llava_vr.serving.vllm_inputs import LlavaVrProcessingInfo, LlavaVrRenderer  # noqa: E402
 
 
 pytestmark = pytest.mark.vllm
@@ -150,6 +153,33 @@ def test_no_image_has_more_tokens_than_vllm_makes_room_for(cases, name):
     sizes = np.random.default_rng(0).integers(1, 300, (300, 2)).tolist()
     counts = processor._get_num_multimodal_tokens(sizes, projector_downsample=min(config.downsamples))
     assert max(counts.num_image_tokens) <= info.get_mm_max_tokens_per_item(0, {})["image"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_vllm_leaves_images_to_the_chat_template(style):
+    from vllm.renderers.hf import _detect_content_format
+
+    assert _detect_content_format(STYLES[style], default="string") == "openai"
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}", ""])
+def test_chat_begins_as_the_processor_begins_it(tokenizer, template):
+    """With one beginning token where the tokenizer writes it, whether the template does or not."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template + "{{ messages[0].content }}"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
+
+    def begin() -> list[int]:
+        prompt = LlavaVrRenderer._begin(renderer, {"prompt": text})["prompt"]
+        return tokenizer.encode(prompt, add_special_tokens=False)
+
+    plain = tokenizer.encode("hi", add_special_tokens=False)
+    assert begin() == [tokenizer.bos_token_id] * bool(template) + plain
+    special = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    processing = TemplateProcessing(single=f"{tokenizer.bos_token} $A", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = processing
+    assert begin() == [tokenizer.bos_token_id, *plain]
 
 
 def test_lora_on_the_decoder_alone(adapters):
