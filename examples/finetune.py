@@ -279,6 +279,8 @@ def main():
             trainer.accelerator.unwrap_model(model).merge_and_unload().save_pretrained(args.merge)
             processor.save_pretrained(args.merge)
         report(skipped)
+    trainer.accelerator.wait_for_everyone()  # a process that ends before the others can take them down
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
