@@ -83,16 +83,15 @@ QUANTIZATIONS = {
 }
 
 
-def add_lora(model, rank: int):
-    """LoRA on every linear layer of the decoder; the projector and the Vision Remember modules are trained whole."""
+def add_lora(model, rank: int, trained_whole: list[str]):
+    """LoRA on every linear layer of the decoder, beside modules that are trained whole."""
     from peft import LoraConfig, get_peft_model
 
-    modules = [f"vision_remember.{layer}" for layer in model.config.remember_layers]  # PEFT takes no ModuleDict
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=r".*language_model\.layers\..*_proj",
-        modules_to_save=["multi_modal_projector", *modules],
+        modules_to_save=trained_whole,
     )
     return get_peft_model(model, config)
 
@@ -101,7 +100,8 @@ def set_stage(model, stage: str, frozen: tuple[str, ...] = (), rank: int = 16):
     """The model with the stage's parts trainable, less the frozen ones; with LoRA, it is wrapped by PEFT."""
     trained = set(STAGES[stage]) - set(frozen)
     if stage == "lora":
-        model = add_lora(model, rank)
+        modules = [f"vision_remember.{layer}" for layer in model.config.remember_layers]  # PEFT takes no ModuleDict
+        model = add_lora(model, rank, ["multi_modal_projector", *modules])
         trained.add("language_model")
     for name, parameter in model.named_parameters():
         whole = stage != "lora" or "lora_" in name or "modules_to_save" in name
