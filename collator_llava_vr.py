@@ -174,7 +174,7 @@ class LlavaVrCollator:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **images}
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The row's messages, each image part with its picture; a ValueError where one is missing or left over."""
+        """The row's messages, each image part with its picture; a ValueError says which is missing or left over."""
         if not row.get("messages"):
             raise ValueError("messages is empty or missing: a row is {'messages': [...]}, with 'images' if need be.")
         images, wanted = list(row.get("images") or []), 0

@@ -285,6 +285,8 @@ def main():
             write_card(args.merge, merged, parts)
             processor.save_pretrained(args.merge)
         report(skipped)
+    trainer.accelerator.wait_for_everyone()  # a process that ends before the others can take them down
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
