@@ -143,11 +143,11 @@ class Demo:
                     button = gr.Button("Ask", variant="primary")
                 with gr.Column():
                     answer = gr.Textbox(label="Answer", lines=3, interactive=False)
-                    gr.Markdown("Where the image tokens that the answer attended to had looked:")
+                    gr.Markdown("Where the image tokens behind the answer looked again, after decoder")
                     maps = []
                     with gr.Tabs():
                         for layer in self.model.config.remember_layers:
-                            with gr.Tab(f"after decoder layer {layer}"):
+                            with gr.Tab(f"layer {layer}"):
                                 maps.append(gr.Image(show_label=False, interactive=False, height=320))
             table = gr.Dataframe(headers=COLUMNS, label="Your questions so far", interactive=False, wrap=True)
             gr.Examples([[str(ROOT / name), text] for name, text in SAMPLES.items()], [picture, question])
