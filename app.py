@@ -34,7 +34,7 @@ INTRODUCTION = """# LLaVA-VR
 Many image patches become few image tokens; between the layers of the decoder these tokens look at the image again. The
 maps show where. The nano checkpoint reads drawn lines of text, tables, charts and price lists, in English; about
 photographs it answers with confidence and without sense."""
-COLUMNS = ["s", "image tokens", "first token (ms)", "all (ms)", "question", "answer"]
+COLUMNS = ["s", "tokens", "first", "last", "question", "answer"]
 answer_maps, draw_map = (
     get_class_from_dynamic_module(f"maps_llava_vr.{name}", str(ROOT)) for name in ("answer_maps", "draw_map")
 )
@@ -143,14 +143,16 @@ class Demo:
                     button = gr.Button("Ask", variant="primary")
                 with gr.Column():
                     answer = gr.Textbox(label="Answer", lines=3, interactive=False)
-                    gr.Markdown("Where the image tokens that the answer attended to had looked:")
+                    gr.Markdown("Where the image tokens behind the answer looked again, after decoder")
                     maps = []
                     with gr.Tabs():
                         for layer in self.model.config.remember_layers:
-                            with gr.Tab(f"after decoder layer {layer}"):
+                            with gr.Tab(f"layer {layer}"):
                                 maps.append(gr.Image(show_label=False, interactive=False, height=320))
-            table = gr.Dataframe(headers=COLUMNS, label="Your questions so far", interactive=False, wrap=True)
-            gr.Examples([[str(ROOT / name), text] for name, text in SAMPLES.items()], [picture, question])
+            label = "Your questions so far: image tokens, milliseconds to the first token of the answer and to the last"
+            table = gr.Dataframe(headers=COLUMNS, label=label, interactive=False, wrap=True)
+            if samples := [[str(ROOT / name), text] for name, text in SAMPLES.items() if (ROOT / name).is_file()]:
+                gr.Examples(samples, [picture, question])
             for trigger in (button.click, question.submit):
                 trigger(self.ask, [picture, question, s, runs], [answer, table, runs, *maps])
         return page

@@ -66,7 +66,7 @@ def page(request, browser, url):
     """The demo's page, of a size and in a theme; a picture of it at the end, if asked for."""
     size, theme = request.param
     page = browser.new_page(viewport=SIZES[size])
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(20_000)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(f"{url}/?__theme={theme}")
@@ -90,7 +90,7 @@ def ask(page, question: str, s: int | None = None):
 
 def newest_run(page, tokens: int) -> list[str]:
     """The first row of the table, once it is that of an image of so many tokens."""
-    page.locator("[data-testid=cell-0-1]", has_text=re.compile(f"^{tokens}$")).wait_for()
+    page.locator("[data-testid=cell-0-1]", has_text=re.compile(rf"^\s*{tokens}\s*$")).wait_for()
     return [page.get_by_test_id(f"cell-0-{column}").inner_text().strip() for column in range(6)]
 
 
@@ -110,7 +110,7 @@ def test_ask_with_each_s_and_see_the_maps(page):
     assert page.get_by_test_id("cell-2-1").inner_text().strip() == "16"
     maps = set()
     for layer in range(3):
-        page.get_by_role("tab", name=f"after decoder layer {layer}").click()
+        page.get_by_role("tab", name=f"layer {layer}").click()
         shown = page.locator("[role=tabpanel]:visible img")
         shown.wait_for()
         assert shown.evaluate("async image => (await image.decode(), image.naturalWidth)") == 288
