@@ -77,10 +77,12 @@ class Student:
     Args:
         downsamples: its choices of s beside 1.
         parts: what is trained, of `examples/distill.py`'s.
+        schedule: how many times the steps of the configuration file.
     """
 
     downsamples: tuple[int, ...]
     parts: tuple[str, ...] = ("projector", "modules")
+    schedule: int = 1
 
 
 STUDENTS = {
@@ -90,6 +92,8 @@ STUDENTS = {
     "modules-2-4": Student((2, 4)),
     "pooling-2": Student((2,), ("projector",)),
     "modules_alone-4": Student((4,), ("modules",)),
+    "modules-4-long_schedule": Student((4,), schedule=3),
+    "pooling-4-long_schedule": Student((4,), ("projector",), schedule=3),
 }
 TABLE = ("modules-4", "pooling-4", "modules-2", "modules-2-4", "pooling-2")
 CONTROLS = ("source", "untrained", "shrunk")  # without training, and so without a seed
@@ -141,14 +145,15 @@ def get_source(folder: Path, deadline: float | None) -> LlavaVrForConditionalGen
     if train(model, data, checkpoints, settings, CONFIG["source_seed"], deadline, data_collator=data.collate) is None:
         return None
     save(model, processor_for(model), folder)
-    return model
+    return derive(model)  # without Trainer's autocast
 
 
 def get_rows(source: LlavaVrForConditionalGeneration, folder: Path) -> Rows:
     """New pictures and, to questions about them, the source's own answers; those that were drawn are not kept."""
     settings, rows = CONFIG["pictures"], []
     for index in tqdm(range(settings["count"]), desc="pictures"):
-        image, turns = draw(settings["seed"], settings["turns"], index)
+        image, turns = draw(settings["seed"], 1, index)
+        turns = turns[:1] + turns[1:][-1:]  # a look-up and, where there is one, a transcription
         picture = {"type": "image", "image": image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)}
         first, *others = (turn.question for turn in turns)
         contents = ([picture, {"type": "text", "text": first}], *others)
@@ -222,7 +227,8 @@ def run(
     deadline: float | None,
 ) -> dict[str, Any] | None:
     """Trains and measures one student; None if time was up."""
-    student, settings = STUDENTS[name], CONFIG["student"]
+    student = STUDENTS[name]
+    settings = CONFIG["student"] | {"max_steps": CONFIG["student"]["max_steps"] * student.schedule}
     model = compress(source, student.downsamples, seed, modules="modules" in student.parts)
     model = set_parts(model, student.parts)
     length, rng = settings["max_steps"] * settings["per_device_train_batch_size"], np.random.default_rng(seed)
@@ -232,12 +238,12 @@ def run(
     log = train(model, Subset(rows, order), folder, settings, seed, deadline, **options)
     if log is None:
         return None
-    model.eval()
-    start = time.monotonic()
+    start, parameters = time.monotonic(), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = derive(model)  # without Trainer's autocast
     return {
         "right": {str(s): measure_at(model, processor, s) for s in student.downsamples},
         "equal_at_1": equal_at_1(model, source),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": parameters,
         "losses": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
         "train_seconds": round(sum(entry["seconds"] for entry in log)),
         "test_seconds": round(time.monotonic() - start),
