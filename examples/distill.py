@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from finetune import add_lora, load_rows, table
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -42,6 +41,7 @@ from transformers import (
 )
 
 from llava_vr import LlavaVrCollator
+from llava_vr.training import add_lora, load_rows, table, to_chat
 
 
 EXAMPLES = """examples:
@@ -508,7 +508,7 @@ def read_rows(args: argparse.Namespace, seed: int) -> tuple[Rows | None, Rows | 
 
     def read(images: Sequence[str] | None, data: str | None) -> Rows | None:
         if data:
-            return Rows(load_rows(data))
+            return Rows([to_chat(row) for row in load_rows(data)])
         return Rows(image_rows(images, questions, args.questions_per_image, seed)) if images else None
 
     evaluation = args.eval or []

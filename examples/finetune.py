@@ -14,8 +14,6 @@ not listed below goes to transformers' TrainingArguments: --learning_rate 1e-4, 
 import argparse
 import copy
 import json
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import (
@@ -36,13 +34,14 @@ from llava_vr.training import (
     HubStream,
     LlavaVrTrainer,
     SkippedRows,
+    add_lora,
     draw_order,
     hold_out,
     is_remote,
-    load_rows,  # noqa: F401
     open_sources,
     part_of,
     prepare,
+    table,
 )
 
 
@@ -84,19 +83,6 @@ QUANTIZATIONS = {
 }
 
 
-def add_lora(model, rank: int, trained_whole: list[str]):
-    """LoRA on every linear layer of the decoder, beside modules that are trained whole."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=r".*language_model\.layers\..*_proj",
-        modules_to_save=trained_whole,
-    )
-    return get_peft_model(model, config)
-
-
 def set_stage(model, stage: str, frozen: tuple[str, ...] = (), rank: int = 16):
     """The model with the stage's parts trainable, less the frozen ones; with LoRA, it is wrapped by PEFT."""
     trained = set(STAGES[stage]) - set(frozen)
@@ -110,23 +96,6 @@ def set_stage(model, stage: str, frozen: tuple[str, ...] = (), rank: int = 16):
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Stage {stage!r} without {', '.join(frozen)} leaves nothing to train: freeze fewer parts.")
     return model
-
-
-def table(model, rate: float | None = None, rates: Mapping[str, float] = {}) -> str:
-    """Trainable and all parameters by part, and the learning rate if one is given, as Markdown."""
-    total, trainable = Counter(), Counter()
-    for name, parameter in model.named_parameters():
-        if "original_module" not in name:  # the copy that PEFT keeps of a module that it trains
-            size = getattr(parameter, "quant_state", parameter).shape.numel()  # 4-bit weights are packed
-            total[part_of(name)] += size
-            trainable[part_of(name)] += size * parameter.requires_grad
-    rows = [["part", "trainable", "parameters"], ["---", "---:", "---:"]]
-    rows += [[part, f"{trainable[part]:,}", f"{total[part]:,}"] for part in PARTS if part in total]
-    rows.append(["all", f"{trainable.total():,}", f"{total.total():,}"])
-    if rate is not None:
-        used = [f"{rates.get(part, rate):g}" if trainable[part] else "" for part in PARTS if part in total]
-        rows = [[*row, cell] for row, cell in zip(rows, ["learning rate", "---:", *used, ""])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def part_rate(text: str) -> tuple[str, float]:

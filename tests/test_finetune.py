@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_vr import LlavaVrCollator
 from llava_vr.card_llava_vr import PARTS
+from llava_vr.training import load_rows
 
 
 ROOT = Path(__file__).parents[1]
@@ -209,7 +210,7 @@ def test_unicode_line_separators_are_kept(finetune, tmp_path):
     ]
     lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8", newline="")
-    assert finetune.load_rows(str(tmp_path / "rows.jsonl")) == rows
+    assert load_rows(str(tmp_path / "rows.jsonl")) == rows
 
 
 def test_long_rows_are_left_out(train, data, tmp_path, capsys):

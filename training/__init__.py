@@ -1,9 +1,10 @@
 """Training data as people have it, and a Trainer with a rate for each part: what examples/finetune.py is made of."""
 
 from .batches import EncodedRows, EncodedStream, HubStream, SkippedRows, draw_order, hold_out
+from .parts import PARTS, add_lora, part_of, table
 from .prepare import prepare
 from .sources import Source, is_remote, load_rows, open_sources, to_chat
-from .trainer import PARTS, LlavaVrTrainer, part_of
+from .trainer import LlavaVrTrainer
 
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LlavaVrTrainer",
     "SkippedRows",
     "Source",
+    "add_lora",
     "draw_order",
     "hold_out",
     "is_remote",
@@ -21,5 +23,6 @@ __all__ = [
     "open_sources",
     "part_of",
     "prepare",
+    "table",
     "to_chat",
 ]

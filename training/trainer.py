@@ -7,13 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-
-PARTS = ("vision_tower", "multi_modal_projector", "image_newline", "vision_remember", "language_model", "lm_head")
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter of this name belongs to."""
-    return next(part for part in PARTS if part in name)
+from .parts import part_of
 
 
 class EpochSampler(Sampler):
