@@ -1,13 +1,37 @@
-"""A checkpoint that answers chats in batches: what the harnesses' adapters share."""
+"""A model that answers chats in batches: what the harnesses' adapters and distillation share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
 SAMPLING = ("temperature", "top_p", "top_k")
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    chats: Sequence[Sequence[Mapping[str, Any]]],
+    projector_downsample: int | None = None,
+    max_new_tokens: int = 1024,
+    do_sample: bool = False,
+    **options: Any,
+) -> list[str]:
+    """The model's answers to chats that end with a question, greedy if not said otherwise; their image parts hold the
+    pictures. Other options are those of the model's `generate`."""
+    inputs = processor.apply_chat_template(
+        list(chats),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left", "projector_downsample": projector_downsample},
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 class Answerer:
@@ -32,7 +56,6 @@ class Answerer:
     ):
         options = {"revision": revision or "main", "trust_remote_code": True}
         self.processor = AutoProcessor.from_pretrained(pretrained, **options)
-        self.processor.tokenizer.padding_side = "left"
         self.model = AutoModelForImageTextToText.from_pretrained(
             pretrained, dtype=dtype, attn_implementation=attn_implementation, **options
         )
@@ -40,7 +63,6 @@ class Answerer:
         self.model.to(self.device).eval()
         self.projector_downsample = projector_downsample
 
-    @torch.inference_mode()
     def answer(
         self,
         chats: Sequence[Sequence[dict[str, Any]]],
@@ -69,18 +91,16 @@ class Answerer:
         options = {key: value for key, value in sampling.items() if sampled and value is not None}
         if stops:
             options |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
-        inputs = self.processor.apply_chat_template(
-            list(chats),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "projector_downsample": self.projector_downsample},
-        ).to(self.device, self.model.dtype)
-        output = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=sampled, num_beams=num_beams, **options
+        said = generate(
+            self.model,
+            self.processor,
+            chats,
+            self.projector_downsample,
+            max_new_tokens,
+            sampled,
+            num_beams=num_beams,
+            **options,
         )
-        said = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_cut(text, stops) for text in said]
 
 

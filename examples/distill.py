@@ -41,7 +41,8 @@ from transformers import (
 )
 
 from llava_vr import LlavaVrCollator
-from llava_vr.training import add_lora, load_rows, table, to_chat
+from llava_vr.evaluation.answering import generate
+from llava_vr.training import add_lora, folder_of, open_sources, table
 
 
 EXAMPLES = """examples:
@@ -121,17 +122,14 @@ class Rows(Dataset):
     student are the same, are left out.
 
     Args:
-        rows: of `load_rows` or `image_rows`.
+        rows: a source of `open_sources`, or those of `image_rows`.
         answers: the teacher's, by `key_of` the row. If given, rows that an answer is missing of or empty in are left
             out, too.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], answers: Mapping[str, list[str]] | None = None):
         self.rows, self.answers = rows, answers or {}
-        chats = rows["messages"] if hasattr(rows, "column_names") else [row.get("messages") or [] for row in rows]
-        self.kept = [
-            i for i, chat in enumerate(chats) if any(part.get("type") == "image" for m in chat for part in parts_of(m))
-        ]
+        self.kept = [i for i in range(len(rows)) if self._has_image(rows[i].get("messages") or [])]
         if not self.kept:
             raise ValueError("no row has an image: without one, teacher and student are the same.")
         if answers is not None:
@@ -152,23 +150,12 @@ class Rows(Dataset):
         return {**row, "messages": fill(row["messages"], answers)}
 
     @staticmethod
+    def _has_image(messages: Sequence[Mapping[str, Any]]) -> bool:
+        return any(part.get("type") == "image" for message in messages for part in parts_of(message))
+
+    @staticmethod
     def _is_answered(messages: Sequence[Mapping[str, Any]]) -> bool:
         return not open_turns(messages) and all(m["content"] for m in messages if m["role"] == "assistant")
-
-
-@torch.inference_mode()
-def generate(model, processor, chats: list, downsample: int, max_new_tokens: int) -> list[str]:
-    """Greedy answers to chats that end with a question, their images at this s."""
-    inputs = processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left", "projector_downsample": downsample},
-    ).to(model.device)
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def answer_in_turn(model, processor, chats: list, max_new_tokens: int) -> list[list[str]]:
@@ -497,7 +484,7 @@ def parse(arguments: Sequence[str] | None):
     return parser, args, training
 
 
-def read_rows(args: argparse.Namespace, seed: int) -> tuple[Rows | None, Rows | None]:
+def read_rows(args: argparse.Namespace, processor, seed: int) -> tuple[Rows | None, Rows | None]:
     """What to train on and what to evaluate on."""
     questions = QUESTIONS
     if args.questions:
@@ -508,17 +495,12 @@ def read_rows(args: argparse.Namespace, seed: int) -> tuple[Rows | None, Rows | 
 
     def read(images: Sequence[str] | None, data: str | None) -> Rows | None:
         if data:
-            return Rows([to_chat(row) for row in load_rows(data)])
+            return Rows(open_sources([data], processor)[0])
         return Rows(image_rows(images, questions, args.questions_per_image, seed)) if images else None
 
     evaluation = args.eval or []
     are_chats = len(evaluation) == 1 and Path(evaluation[0]).suffix in (".json", ".jsonl")
     return read(args.images, args.data), read(None, evaluation[0]) if are_chats else read(evaluation, None)
-
-
-def folder_of(data: str | None) -> Path | None:
-    """Where the paths of a file of chats begin."""
-    return Path(data).parent if data and Path(data).is_file() else None
 
 
 def train(model, processor, rows: Rows, collator: DistillationCollator, args: argparse.Namespace, training):
@@ -559,8 +541,9 @@ def main(arguments: Sequence[str] | None = None):
         model.to(training.device)
         context = getattr(model.config.text_config, "max_position_embeddings", None)
         limit = args.max_length or context or processor.tokenizer.model_max_length
-        collator = DistillationCollator(processor, training.seed, max_length=limit, image_folder=folder_of(args.data))
-        rows, held_out = read_rows(args, training.seed)
+        folder = args.data and folder_of(args.data)
+        collator = DistillationCollator(processor, training.seed, max_length=limit, image_folder=folder)
+        rows, held_out = read_rows(args, processor, training.seed)
         if rows is not None:
             answers = write_answers(model, processor, rows, collator.teacher, Path(args.output), **sizes)
             answered = Rows(rows.rows, answers)
@@ -572,7 +555,8 @@ def main(arguments: Sequence[str] | None = None):
     if rows is not None:
         model = train(model, processor, answered, collator, args, training)
     if held_out is not None:
-        pictures = LlavaVrCollator(processor, limit, image_folder=folder_of(args.eval[0]))
+        folder = folder_of(args.eval[0]) if Path(args.eval[0]).is_file() else None
+        pictures = LlavaVrCollator(processor, limit, image_folder=folder)
         found = compare(model, processor, held_out, pictures, **sizes)
         if training.process_index == 0:
             print(comparison_table(found))

@@ -13,6 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
+from variants import VARIANTS
 
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
 
@@ -33,19 +34,6 @@ CHAT_TEMPLATE = """{%- macro text(content) -%}
 {%- else %}{{ text(message.content) }}{% endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}<|assistant|>{% endif -%}"""
-
-
-VARIANTS = {  # of a configuration, for tests that hold for both
-    "spatial_unpad": {},
-    "slices": {
-        "image_merge_type": "slices",
-        "image_separator_ids": [60, 70],
-        "image_grid_pinpoints": [[32, 32], [32, 96], [64, 32], [64, 64]],
-        "projector_type": "c_abstractor",
-        "projector_downsample": 3,
-        "projector_kwargs": {"depth": 1},
-    },
-}
 
 
 @pytest.fixture(scope="session")

@@ -391,7 +391,7 @@ def test_558_thousand_prepared_rows(tmp_path, processor):
     lengths = source.lengths()
     opened = time.perf_counter() - start
     for i in generator.permutation(count)[:2000]:
-        assert source.chat(int(i))["id"] == str(i)
+        assert source[int(i)]["id"] == str(i)
     added = resident() - before
     print(f"\n{len(lengths):,} rows opened in {opened:.2f} s; {added:.3f} GiB more after 2,000 rows at random")
     assert len(lengths) == count and opened < 2 and added < 0.2

@@ -3,7 +3,7 @@
 from .batches import EncodedRows, EncodedStream, HubStream, SkippedRows, draw_order, hold_out
 from .parts import PARTS, add_lora, part_of, table
 from .prepare import prepare
-from .sources import Source, is_remote, load_rows, open_sources, to_chat
+from .sources import Source, folder_of, is_remote, load_rows, open_sources, to_chat
 from .trainer import LlavaVrTrainer
 
 
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "add_lora",
     "draw_order",
+    "folder_of",
     "hold_out",
     "is_remote",
     "load_rows",

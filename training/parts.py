@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-
-PARTS = ("vision_tower", "multi_modal_projector", "image_newline", "vision_remember", "language_model", "lm_head")
+from llava_vr.card_llava_vr import PARTS
 
 
 def part_of(name: str) -> str:

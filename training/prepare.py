@@ -133,7 +133,7 @@ def _check(source: Source, numbers: range) -> Iterator[Checked]:
     for number in numbers:
         name = f"{source.name}:{number}"
         try:
-            chat = source.chat(number)
+            chat = source[number]
             name = str(chat["id"])
             row = {"id": name, "length": source.collator.length(chat, number), **_store(source.collator.messages(chat))}
             yield row, None

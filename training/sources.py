@@ -210,14 +210,17 @@ def is_remote(source: str) -> bool:
 
 @dataclass
 class Source:
-    """Rows and what encodes them; `collator.image_folder` is where the rows' relative paths begin."""
+    """Rows as chats, and what encodes them; `collator.image_folder` is where their relative paths begin."""
 
     name: str
     rows: Sequence[Mapping[str, Any]]
     collator: LlavaVrCollator
     _lengths: np.ndarray | None = None
 
-    def chat(self, index: int) -> dict[str, Any]:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """A row as a chat with an `id`."""
         return with_id(self.rows[index], f"{self.name}:{index}")
 
@@ -232,7 +235,7 @@ class Source:
 
     def _length(self, index: int, skip_errors: bool) -> int:
         try:
-            return self.collator.length(self.chat(index), index)
+            return self.collator.length(self[index], index)
         except (OSError, ValueError):
             if skip_errors:
                 return 0
@@ -254,15 +257,20 @@ def with_id(row: Mapping[str, Any], default: str) -> dict[str, Any]:
         raise ValueError(f"row (id {name!r}): {error}") from None
 
 
+def folder_of(name: str | os.PathLike) -> Path:
+    """Where the relative paths of a source begin: the folder that it is or lies in, or the last one before a glob."""
+    folder = Path(name).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
 def open_sources(
     names: Sequence[str], processor, max_length: int | None = None, image_folder: str | os.PathLike | None = None
 ) -> list[Source]:
     """The sources of these names. Relative paths of images begin at `image_folder`, or else at the source's folder."""
     sources, image_folder = [], image_folder and Path(image_folder).absolute()
     for name in names:
-        folder = Path(name).absolute()
-        while not folder.is_dir():  # the file's folder, or the last one before a glob
-            folder = folder.parent
-        collator = LlavaVrCollator(processor, max_length, image_folder=image_folder or folder)
+        collator = LlavaVrCollator(processor, max_length, image_folder=image_folder or folder_of(name))
         sources.append(Source(Path(name).name or name, load_rows(name), collator))
     return sources

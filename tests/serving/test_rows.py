@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 from transformers import DynamicCache
+from variants import VARIANTS
 
 from llava_vr.serving import check_vllm_version, register
 from llava_vr.serving.rows import StepMemory, pack_rows
@@ -12,16 +13,8 @@ from llava_vr.serving.rows import StepMemory, pack_rows
 
 TOLERANCE = 1e-5
 CONFIGS = {
-    "spatial_unpad": {},
+    **VARIANTS,
     "anyres_max": {"image_aspect_ratio": "anyres_max_1"},
-    "slices": {
-        "image_merge_type": "slices",
-        "image_separator_ids": [60, 70],
-        "image_grid_pinpoints": [[32, 32], [32, 96], [64, 32], [64, 64]],
-        "projector_type": "c_abstractor",
-        "projector_downsample": 3,
-        "projector_kwargs": {"depth": 1},
-    },
     "one tile": {"image_aspect_ratio": "square", "image_merge_type": "flat", "projector_type": "tokenpacker"},
     "choices": {"projector_downsample_choices": [1, 2, 4]},
     "no modules": {"remember_layers": []},

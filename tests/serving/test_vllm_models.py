@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoProcessor
 pytest.importorskip("vllm")
 
 from engines import ROOT, Answer, Engine, Request, Transformers, count_equal, draw_requests  # noqa: E402
+from variants import VARIANTS  # noqa: E402
 
 from llava_vr.conversion.templates import STYLES  # noqa: E402
 from llava_vr.serving.vllm_inputs import LlavaVrProcessingInfo, LlavaVrRenderer  # noqa: E402
@@ -30,19 +31,11 @@ pytestmark = pytest.mark.vllm
 TEXT = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "head_dim": 32}
 TEXT |= {"intermediate_size": 96, "vocab_size": 262, "max_position_embeddings": 2048}
 TEXT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SLICES = {
-    "image_merge_type": "slices",
-    "image_separator_ids": [60, 70],
-    "image_grid_pinpoints": [[32, 32], [32, 96], [64, 32], [64, 64]],
-    "projector_type": "c_abstractor",
-    "projector_downsample": 3,
-    "projector_kwargs": {"depth": 1},
-}
 ONE_TILE = {"image_aspect_ratio": "square", "image_merge_type": "flat", "projector_type": "resampler"}
 CASES = {  # decoder, tower, and the rest of the configuration; tiles where nothing else is said
     "tokenpacker": ("qwen3", "siglip", {"projector_type": "tokenpacker"}),
     "anyres_max": ("qwen2", "siglip", {"image_aspect_ratio": "anyres_max_2", "vision_feature_layer": [1, -1]}),
-    "slices": ("llama", "clip", SLICES),
+    "slices": ("llama", "clip", VARIANTS["slices"]),
     "resampler": ("llama", "clip", ONE_TILE),
     "choices": ("llama", "clip", {"projector_downsample_choices": [1, 2, 4]}),
     "no modules": ("llama", "clip", {"projector_type": "mlp", "projector_downsample": 1, "remember_layers": []}),
