@@ -61,7 +61,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """For each of `(count, rows, columns)` the nearest with singular values of about one, by Newton-Schulz steps."""
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = (matrices.mT if is_tall else matrices).float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT

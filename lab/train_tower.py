@@ -28,6 +28,7 @@ from lab.data.labels import COUNTS, PATCH, SPOTS, make_labels
 from lab.data.page import CLASSES, SIDE, Picture
 from lab.data.scenes import check_data, draw_picture
 from lab.muon import MuonAdamW
+from lab.training import has_fast_bfloat16
 
 
 LEVELS = (5, 8)  # hidden states whose patches are named: at two thirds of the depth, and at the end
@@ -177,7 +178,7 @@ class Run:
         """Trains on a batch; its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             loss = self.model.loss(**batch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -195,7 +196,7 @@ def share_right(model: ReadingTower, split: str, count: int = 100, batch_size: i
     pictures = Pictures(TEST_SEED, split)
     for first in range(0, count, batch_size):
         batch = default_collate([pictures[index] for index in range(first, min(first + batch_size, count))])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             named = model(batch["pixel_values"])["name"][-1].argmax(-1)
         shown = batch["name"] > 0
         right += (named == batch["name"])[shown].sum().item()
