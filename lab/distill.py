@@ -11,7 +11,6 @@ is skipped, and what was interrupted goes on. `python -m lab.report` writes the 
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,17 +33,8 @@ from lab.export_nano import save
 from lab.train_vlm import ROOT, Dialogues
 from lab.training import describe_machine, read_config, train
 from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-from distill import (  # noqa: E402
-    DistillationCollator,
-    Distiller,
-    Rows,
-    answer_outputs,
-    set_parts,
-    write_answers,
-)
+from llava_vr.training.answers import Rows, write_answers
+from llava_vr.training.distillation import DistillationCollator, Distiller, answer_outputs, set_parts
 
 
 RESULTS = Path(__file__).parent / "results" / "distill"
@@ -76,7 +66,7 @@ class Student:
 
     Args:
         downsamples: its choices of s beside 1.
-        parts: what is trained, of `examples/distill.py`'s.
+        parts: what is trained, of `STUDENT_PARTS`.
         schedule: how many times the steps of the configuration file.
     """
 

@@ -14,6 +14,17 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from llava_vr import LlavaVrCollator, LlavaVrForConditionalGeneration, LlavaVrProcessor
+from llava_vr.evaluation.answering import generate
+from llava_vr.training.answers import Rows, fill, key_of, open_turns, read_answers, write_answers
+from llava_vr.training.distillation import (
+    STUDENT_PARTS,
+    DistillationCollator,
+    Distiller,
+    as_teacher,
+    compare,
+    set_parts,
+    untie_projector,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +34,7 @@ import distill  # noqa: E402
 
 
 CHOICES = [2, 1, 4]
+GENERATE = "llava_vr.training.answers.generate"
 OPTIONS = ["--dtype", "float32", "--use_cpu", "true", "--max-new-tokens", "6", "--answer-batch-size", "2"]
 OPTIONS += ["--per_device_train_batch_size", "2", "--learning_rate", "0.01", "--logging_steps", "1"]
 
@@ -117,20 +129,22 @@ def test_what_runs_at_1_stays_as_it_was(run, compressed, chats, tmp_path, capsys
         expected = {"multi_modal_projector": size // 2, "vision_remember": size, "language_model": 0}[part]
         assert f"| {part} | {expected:,} | {size:,} |" in printed
     LlavaVrProcessor.from_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| trained | projector, Vision Remember modules |" in card and compressed.name in card
 
 
 @pytest.mark.parametrize(("parts", "trained"), [(["modules"], {"vision_remember"}), (["projector"], {"pooled_mlp"})])
 def test_one_part_alone(compressed, parts, trained):
-    model = distill.set_parts(load(compressed), parts)
+    model = set_parts(load(compressed), parts)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert names == {name for name, _ in model.named_parameters() if any(part in name for part in trained)}
 
 
 def test_an_untied_projector_changes_nothing_yet(compressed, chats):
     source, model = load(compressed), load(compressed)
-    distill.untie_projector(model)
+    untie_projector(model)
     projector = model.model.multi_modal_projector
-    distill.untie_projector(model)
+    untie_projector(model)
     assert model.model.multi_modal_projector is projector
     for downsample in CHOICES:
         for row in chats:
@@ -151,19 +165,19 @@ def test_bf16(run, compressed, save_compressed, tmp_path):
 def test_lora(run, compressed, chats, tmp_path):
     pytest.importorskip("peft")
     source, model = load(compressed), load(compressed)
-    model = distill.set_parts(model, distill.PARTS, rank=2)
+    model = set_parts(model, STUDENT_PARTS, rank=2)
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     expected = logits(source, chats[0], 1)[0].logits
     assert not torch.allclose(logits(model, chats[0], 1)[0].logits, expected, atol=1e-2)
-    with distill.as_teacher(model):
+    with as_teacher(model):
         assert torch.equal(logits(model, chats[0], 1)[0].logits, expected)
     run(
         tmp_path / "out",
         "--train",
-        *distill.PARTS,
+        *STUDENT_PARTS,
         "--rank",
         2,
         "--max_steps",
@@ -183,7 +197,7 @@ def test_lora(run, compressed, chats, tmp_path):
 
 def test_collator_gives_teacher_and_student_the_same_answers(compressed, chats):
     processor = LlavaVrProcessor.from_pretrained(compressed)
-    collator, chosen = distill.DistillationCollator(processor, seed=3), []
+    collator, chosen = DistillationCollator(processor, seed=3), []
     for n in range(20):
         rows = [{**row, "id": f"{n} {row['id']}"} for row in chats]
         batch = collator(rows)
@@ -191,7 +205,7 @@ def test_collator_gives_teacher_and_student_the_same_answers(compressed, chats):
         assert batch["teacher"]["image_downsamples"].tolist() == [1] * len(rows)
         for ours, theirs in zip(batch["labels"], batch["teacher"]["labels"]):
             assert torch.equal(ours[ours != -100], theirs[theirs != -100])
-        again = distill.DistillationCollator(processor, seed=3)(rows)  # as a run that is resumed has it
+        again = DistillationCollator(processor, seed=3)(rows)  # as a run that is resumed has it
         assert torch.equal(again["image_downsamples"], batch["image_downsamples"])
         assert torch.equal(batch["pixel_values"], LlavaVrCollator(processor)(chats)["pixel_values"])
     assert set(chosen) == {2, 4}
@@ -201,8 +215,8 @@ def test_collator_gives_teacher_and_student_the_same_answers(compressed, chats):
 def test_loss_is_that_of_the_equations(compressed, chats, tmp_path, weights):
     model = load(compressed)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    batch = distill.DistillationCollator(LlavaVrProcessor.from_pretrained(compressed), seed=1)(chats)
-    found = distill.Distiller(model, arguments, **weights).compute_loss(model.train(), batch)
+    batch = DistillationCollator(LlavaVrProcessor.from_pretrained(compressed), seed=1)(chats)
+    found = Distiller(model, arguments, **weights).compute_loss(model.train(), batch)
 
     assert model.training and found.requires_grad
     model.eval()
@@ -266,7 +280,7 @@ def test_two_processes_train_as_one(save_compressed, photos, tmp_path):
         done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    answers = [distill.read_answers(tmp_path / name) for name in ("one", "two")]
+    answers = [read_answers(tmp_path / name) for name in ("one", "two")]
     assert answers[0] == answers[1] and len(list((tmp_path / "two").glob("answers-*.jsonl"))) == 2
 
 
@@ -304,49 +318,50 @@ def said(text):
 
 def test_answers_take_the_places_of_those_missing():
     chat = [{"role": "system", "content": "s"}, user("1"), user("2"), said("b"), user("3"), user("4")]
-    assert distill.open_turns(chat) == [1, 4, 5]
-    assert distill.fill(chat, []) == chat
-    filled = distill.fill(chat, ["a", "c"])
+    assert open_turns(chat) == [1, 4, 5]
+    assert fill(chat, []) == chat
+    filled = fill(chat, ["a", "c"])
     assert filled == [*chat[:2], said("a"), *chat[2:5], said("c"), chat[5]]
-    assert distill.open_turns(filled) == [7]
+    assert open_turns(filled) == [7]
 
 
 def test_teacher_answers_what_is_open_and_nothing_twice(compressed, chats, tmp_path, monkeypatch):
     model, processor = load(compressed), LlavaVrProcessor.from_pretrained(compressed)
-    collator = distill.DistillationCollator(processor).teacher
+    collator = DistillationCollator(processor).teacher
     unanswered = [{**row, "messages": [m for m in row["messages"] if m["role"] == "user"]} for row in chats[:2]]
-    rows = distill.Rows([*unanswered, chats[2], {"messages": [user("no image"), said("left out")]}])
+    rows = Rows([*unanswered, chats[2], {"messages": [user("no image"), said("left out")]}])
     assert len(rows) == 3
     options = {"collator": collator, "folder": tmp_path, "batch_size": 2, "max_new_tokens": 5}
-    answers = distill.write_answers(model, processor, rows, **options)
-    assert list(answers) == [distill.key_of(row) for row in unanswered]
+    answers = write_answers(model, processor, rows, **options)
+    assert list(answers) == [key_of(row) for row in unanswered]
     for row, found in zip(unanswered, answers.values()):
         chat = row["messages"]
         for turn, answer in enumerate(found):
-            prompt = [*distill.fill(chat, found[:turn])[: 2 * turn], chat[turn]]
-            assert distill.generate(model, processor, [prompt], 1, 5) == [answer]
+            prompt = [*fill(chat, found[:turn])[: 2 * turn], chat[turn]]
+            assert generate(model, processor, [prompt], 1, 5) == [answer]
         assert len(found) == len(chat)
-    complete = distill.Rows(rows.rows, answers)
-    assert complete[1]["messages"] == distill.fill(unanswered[1]["messages"], answers[distill.key_of(unanswered[1])])
+    complete = Rows(rows.rows, answers)
+    assert complete[1]["messages"] == fill(unanswered[1]["messages"], answers[key_of(unanswered[1])])
     assert complete[2]["messages"] == chats[2]["messages"]
 
-    asked, generate = [], distill.generate
+    asked = []
     monkeypatch.setattr(
-        distill, "generate", lambda m, p, chats, *a: asked.append(len(chats)) or generate(m, p, chats, *a)
+        "llava_vr.training.answers.generate",
+        lambda m, p, chats, *a: asked.append(len(chats)) or generate(m, p, chats, *a),
     )
     path = tmp_path / "answers-0.jsonl"
-    assert distill.write_answers(model, processor, rows, **options) == answers and not asked
+    assert write_answers(model, processor, rows, **options) == answers and not asked
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[1] + lines[2][:-9])  # ended while it wrote the second
-    assert distill.write_answers(model, processor, rows, **options) == answers and asked == [1, 1]
-    other = distill.Rows([{**unanswered[0], "messages": [*unanswered[0]["messages"], user("more?")]}])
-    assert len(distill.write_answers(model, processor, other, **options)) == 3
+    assert write_answers(model, processor, rows, **options) == answers and asked == [1, 1]
+    other = Rows([{**unanswered[0], "messages": [*unanswered[0]["messages"], user("more?")]}])
+    assert len(write_answers(model, processor, other, **options)) == 3
 
 
 def test_rows_without_an_answer_are_left_out(chats):
     rows = [{**row, "messages": row["messages"][:1]} for row in chats]
-    answers = dict(zip(map(distill.key_of, rows), (["yes"], [""], ["no"])))
-    assert [row["id"] for row in distill.Rows(rows, answers)] == ["a.png", "more/d.png"]
+    answers = dict(zip(map(key_of, rows), (["yes"], [""], ["no"])))
+    assert [row["id"] for row in Rows(rows, answers)] == ["a.png", "more/d.png"]
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -354,8 +369,8 @@ def test_rows_without_an_answer_are_left_out(chats):
 
 def test_comparison_is_that_of_each_row_alone(compressed, chats):
     model, processor = load(compressed), LlavaVrProcessor.from_pretrained(compressed)
-    rows, collator = distill.Rows(chats), LlavaVrCollator(processor)
-    found = distill.compare(model, processor, rows, collator, batch_size=2, max_new_tokens=5)
+    rows, collator = Rows(chats), LlavaVrCollator(processor)
+    found = compare(model, processor, rows, collator, batch_size=2, max_new_tokens=5)
     assert list(found) == sorted(CHOICES)
     for downsample, row in found.items():
         exact, agree, divergences, tokens = [], [], [], []
@@ -363,7 +378,7 @@ def test_comparison_is_that_of_each_row_alone(compressed, chats):
             questions, history = [m for m in chat["messages"] if m["role"] == "user"], []
             for question in questions:
                 history.append(question)
-                at_1, at_s = (distill.generate(model, processor, [history], s, 5)[0] for s in (1, downsample))
+                at_1, at_s = (generate(model, processor, [history], s, 5)[0] for s in (1, downsample))
                 exact.append(at_1 == at_s)
                 history.append(said(at_1))
             (teacher, labels_1), (student, labels) = (logits(model, {"messages": history}, s) for s in (1, downsample))
@@ -423,7 +438,9 @@ def test_errors_are_one_line(run, save_compressed, compressed, photos, tmp_path,
             run(changed.pop("output", tmp_path / "out"), *options, **changed)
         last = capsys.readouterr().err.splitlines()[-1]
         assert error.value.code == 2 and message in last and last.count("error:") == 1, (message, last)
-    monkeypatch.setattr(distill, "generate", lambda model, processor, chats, *options: [""] * len(chats))
+    monkeypatch.setattr(
+        "llava_vr.training.answers.generate", lambda model, processor, chats, *options: [""] * len(chats)
+    )
     with pytest.raises(SystemExit):
         run(tmp_path / "silent")
     assert "answers nothing" in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Training data as people have it, and a Trainer with a rate for each part: what examples/finetune.py is made of."""
+"""Training data as people have it, and what examples/finetune.py and examples/distill.py are made of."""
 
 from .batches import EncodedRows, EncodedStream, HubStream, SkippedRows, draw_order, hold_out
 from .parts import PARTS, add_lora, part_of, table
