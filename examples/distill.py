@@ -34,15 +34,13 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    HfArgumentParser,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from llava_vr import LlavaVrCollator
 from llava_vr.evaluation.answering import generate
-from llava_vr.training import add_lora, folder_of, open_sources, table
+from llava_vr.training import add_lora, end_together, folder_of, open_sources, table, training_arguments
 
 
 EXAMPLES = """examples:
@@ -473,15 +471,7 @@ def parse(arguments: Sequence[str] | None):
         "warmup_steps": 0.03,
         "use_cache": True,  # in the configuration that is saved
     }
-    flags = [part for name, value in defaults.items() if value is not None for part in (f"--{name}", str(value))]
-    try:
-        (training,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*flags, *others])
-    except ValueError as error:
-        parser.error(str(error))
-    training.remove_unused_columns = False
-    if training.n_gpu > 1:
-        parser.error("several GPUs in one process would part the images from their rows: use accelerate launch")
-    return parser, args, training
+    return parser, args, training_arguments(parser, defaults, others)
 
 
 def read_rows(args: argparse.Namespace, processor, seed: int) -> tuple[Rows | None, Rows | None]:
@@ -567,6 +557,7 @@ def main(arguments: Sequence[str] | None = None):
             model = model.merge_and_unload()
         model.save_pretrained(args.output)
         processor.save_pretrained(args.output)
+    end_together()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from .batches import EncodedRows, EncodedStream, HubStream, SkippedRows, draw_or
 from .parts import PARTS, add_lora, part_of, table
 from .prepare import prepare
 from .sources import Source, folder_of, is_remote, load_rows, open_sources, to_chat
-from .trainer import LlavaVrTrainer
+from .trainer import LlavaVrTrainer, end_together, training_arguments
 
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "add_lora",
     "draw_order",
+    "end_together",
     "folder_of",
     "hold_out",
     "is_remote",
@@ -26,4 +27,5 @@ __all__ = [
     "prepare",
     "table",
     "to_chat",
+    "training_arguments",
 ]
