@@ -38,6 +38,7 @@ from llava_vr.training import (
     add_lora,
     draw_order,
     end_together,
+    freeze_unread,
     hold_out,
     is_remote,
     open_sources,
@@ -96,6 +97,8 @@ def set_stage(model, stage: str, frozen: tuple[str, ...] = (), rank: int = 16):
     for name, parameter in model.named_parameters():
         whole = stage != "lora" or "lora_" in name or "modules_to_save" in name
         parameter.requires_grad_(part_of(name) in trained and whole and parameter.is_floating_point())
+    if "vision_tower" in trained:
+        freeze_unread(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Stage {stage!r} without {', '.join(frozen)} leaves nothing to train: freeze fewer parts.")
     return model

@@ -1,7 +1,7 @@
 """Training data as people have it, and a Trainer with a rate for each part: what examples/finetune.py is made of."""
 
 from .batches import EncodedRows, EncodedStream, HubStream, SkippedRows, draw_order, hold_out
-from .parts import PARTS, add_lora, part_of, table
+from .parts import PARTS, add_lora, freeze_unread, part_of, table
 from .prepare import prepare
 from .sources import Source, folder_of, is_remote, load_rows, open_sources, to_chat
 from .trainer import LlavaVrTrainer, end_together, training_arguments
@@ -19,6 +19,7 @@ __all__ = [
     "draw_order",
     "end_together",
     "folder_of",
+    "freeze_unread",
     "hold_out",
     "is_remote",
     "load_rows",
