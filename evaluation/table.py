@@ -1,4 +1,4 @@
-"""The table of benchmarks: published figures, and ours from the result files of lm-eval and lmms-eval.
+"""The table of benchmarks: published figures, and ours from the result files of lmms-eval, lm-eval and VLMEvalKit.
 
     python -m evaluation.table results/
     python -m evaluation.table results/s1 results/s2 results/s4       # a column for each folder
@@ -7,6 +7,7 @@ Of several results for a benchmark in one folder the newest counts.
 """
 
 import argparse
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,29 +15,61 @@ from typing import Any
 
 
 BENCHMARKS = json.loads((Path(__file__).parent / "benchmarks.json").read_text(encoding="utf-8"))
-HARNESSES = ("lmms_eval", "lm_eval")
+HARNESSES = ("lmms_eval", "lm_eval", "vlmevalkit")
+DATASETS = {benchmark["vlmevalkit"][0] for benchmark in BENCHMARKS["benchmarks"] if "vlmevalkit" in benchmark}
+Scores = dict[tuple[str, str], float]  # by task and metric
 
 
-def read_results(folder: Path) -> dict[tuple[str, str], float]:
+def read_results(folder: Path) -> Scores:
     """The scores in all result files below a folder, by task and metric; newer files take precedence."""
-    files = sorted(folder.rglob("*results*.json"), key=lambda path: path.stat().st_mtime)
+    files = [(path, read) for pattern, read in READERS.items() for path in folder.rglob(pattern)]
     if not files:
-        raise ValueError(f"{folder} holds no result file (*results*.json) of lm-eval or lmms-eval.")
-    scores = {}
-    for path in files:
-        for task, values in json.loads(path.read_text(encoding="utf-8")).get("results", {}).items():
-            for key, value in values.items():
-                metric = key.split(",")[0]  # a filter's name follows
-                if isinstance(value, (int, float)) and not metric.endswith("_stderr"):
-                    scores[task, metric] = float(value)
+        raise ValueError(f"{folder} holds no result file of a harness: {', '.join(READERS)}.")
+    scores: Scores = {}
+    for path, read in sorted(files, key=lambda file: file[0].stat().st_mtime):
+        scores |= read(path)
     return scores
+
+
+def _read_lm_eval(path: Path) -> Scores:
+    """Of lm-eval or lmms-eval."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    scores = {}
+    for task, values in (found.get("results", {}) if isinstance(found, dict) else {}).items():
+        for key, value in values.items():
+            metric = key.split(",")[0]  # a filter's name follows
+            if isinstance(value, (int, float)) and not metric.endswith("_stderr"):
+                scores[task, metric] = float(value)
+    return scores
+
+
+def _read_vlmevalkit(path: Path) -> Scores:
+    """Of MODEL_DATASET_acc.csv and the like: a row, or one for each split, which then precedes the metric's name."""
+    dataset = next((name for name in DATASETS if path.stem.endswith((f"_{name}_acc", f"_{name}_score"))), None)
+    if dataset is None:
+        return {}
+    text, scores = path.read_text(encoding="utf-8"), {}
+    rows = [json.loads(text)] if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+    for row in rows:
+        split = row.pop("split", "Overall")
+        prefix = "" if len(rows) == 1 or split == "Overall" else f"{split} "
+        scores |= {(dataset, prefix + metric): float(value) for metric, value in row.items() if value not in ("", None)}
+    return scores
+
+
+READERS = {
+    "*results*.json": _read_lm_eval,
+    "*_acc.csv": _read_vlmevalkit,
+    "*_score.csv": _read_vlmevalkit,
+    "*_score.json": _read_vlmevalkit,
+}
 
 
 def score(benchmark: Mapping[str, Any], scores: Mapping[tuple[str, str], float]) -> float | None:
     """A benchmark's score on the scale of its published figures; None if it was not measured."""
-    for harness in HARNESSES:
-        if tuple(benchmark.get(harness, ())) in scores:
-            return scores[tuple(benchmark[harness])] * benchmark.get("scale", 100)
+    for task, metric, *scale in (benchmark[harness] for harness in HARNESSES if harness in benchmark):
+        if (task, metric) in scores:
+            return scores[task, metric] * (scale[0] if scale else 100)
     return None
 
 
@@ -57,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="*", type=Path, help="folders with result files; none for an empty column")
     args = parser.parse_args(arguments)
     try:
-        columns = {folder.name: read_results(folder) for folder in args.results} or {"ours": {}}
+        columns = {str(folder): read_results(folder) for folder in args.results} or {"ours": {}}
     except ValueError as error:
         parser.error(str(error))
     print(table(columns))

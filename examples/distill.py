@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from llava_vr import LlavaVrCollator
 from llava_vr.card_llava_vr import trained_parts, write_card
-from llava_vr.training import folder_of, open_sources, table
+from llava_vr.training import end_together, folder_of, open_sources, table, training_arguments
 from llava_vr.training.answers import Rows, write_answers
 from llava_vr.training.distillation import (
     STUDENT_PARTS,
@@ -133,15 +133,7 @@ def parse(arguments: Sequence[str] | None):
         "warmup_steps": 0.03,
         "use_cache": True,  # in the configuration that is saved
     }
-    flags = [part for name, value in defaults.items() if value is not None for part in (f"--{name}", str(value))]
-    try:
-        (training,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*flags, *others])
-    except ValueError as error:
-        parser.error(str(error))
-    training.remove_unused_columns = False
-    if training.n_gpu > 1:
-        parser.error("several GPUs in one process would part the images from their rows: use accelerate launch")
-    return parser, args, training
+    return parser, args, training_arguments(parser, defaults, others)
 
 
 def read_rows(args: argparse.Namespace, processor, seed: int) -> tuple[Rows | None, Rows | None]:
@@ -229,6 +221,7 @@ def main(arguments: Sequence[str] | None = None):
         model.save_pretrained(args.output)
         processor.save_pretrained(args.output)
         write_card(args.output, model, parts)
+    end_together()
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ not listed below goes to transformers' TrainingArguments: --learning_rate 1e-4, 
 import argparse
 import copy
 import json
+import math
+import textwrap
 from pathlib import Path
 
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
@@ -36,12 +37,15 @@ from llava_vr.training import (
     SkippedRows,
     add_lora,
     draw_order,
+    end_together,
+    freeze_unread,
     hold_out,
     is_remote,
     open_sources,
     part_of,
     prepare,
     table,
+    training_arguments,
 )
 
 
@@ -93,6 +97,8 @@ def set_stage(model, stage: str, frozen: tuple[str, ...] = (), rank: int = 16):
     for name, parameter in model.named_parameters():
         whole = stage != "lora" or "lora_" in name or "modules_to_save" in name
         parameter.requires_grad_(part_of(name) in trained and whole and parameter.is_floating_point())
+    if "vision_tower" in trained:
+        freeze_unread(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Stage {stage!r} without {', '.join(frozen)} leaves nothing to train: freeze fewer parts.")
     return model
@@ -104,9 +110,11 @@ def part_rate(text: str) -> tuple[str, float]:
     if part not in PARTS:
         raise argparse.ArgumentTypeError(f"{part!r} is no part: one of {', '.join(PARTS)}")
     try:
-        return part, float(rate)
+        if 0 <= float(rate) < math.inf:
+            return part, float(rate)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PART=RATE, as in vision_tower=2e-6") from None
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not PART=RATE, as in vision_tower=2e-6")
 
 
 def load_data(args, processor, training: TrainingArguments, skipped: SkippedRows | None) -> tuple:
@@ -184,12 +192,14 @@ def main():
     args, others = parser.parse_known_args()
     if args.prepare is None and args.output is None:
         parser.error("--output or --prepare is needed")
-    defaults = ["--output_dir", args.output or args.prepare, "--report_to", "none"]
-    defaults += ["--logging_steps", "10", "--save_total_limit", "1"]
-    (training,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*defaults, *others])
-    training.remove_unused_columns, training.prediction_loss_only = False, True
-    if training.n_gpu > 1:
-        parser.error("several GPUs in one process would part the images from their rows: use accelerate launch")
+    defaults = {
+        "output_dir": args.output or args.prepare,
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_total_limit": 1,
+        "prediction_loss_only": True,
+    }
+    training = training_arguments(parser, defaults, others)
     if args.merge and args.stage != "lora":
         parser.error("--merge goes with --stage lora")
     if args.quantize and args.stage == "full":
@@ -203,29 +213,29 @@ def main():
         parser.error("a stream knows no lengths: no --too-long drop (--on-error skip leaves long rows out) or grouping")
     set_seed(training.seed)
 
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    prompter = copy.copy(processor)  # the model is saved with its own chat template
-    if args.prompt == "plain":
-        prompter.chat_template = PLAIN.replace("IMAGE", processor.image_token)
-    skipped = SkippedRows(Path(args.prepare or args.output, "skipped.jsonl")) if args.on_error == "skip" else None
-    if skipped is not None and training.process_index == 0 and not args.resume:
-        skipped.path.unlink(missing_ok=True)
-    if args.prepare is not None:
-        sources = open_sources(args.data, prompter, args.max_length, args.image_folder)
-        print(f"{prepare(sources, args.prepare, args.processes, skipped):,} rows in {args.prepare}")
-        report(skipped)
-        return
-
-    model = AutoModelForImageTextToText.from_pretrained(
-        args.model, trust_remote_code=True, dtype=args.dtype, quantization_config=QUANTIZATIONS.get(args.quantize)
-    )
-    context = getattr(model.config.text_config, "max_position_embeddings", None) or processor.tokenizer.model_max_length
-    args.max_length = args.max_length or context
-    train, evaluation = load_data(args, prompter, training, skipped)
     try:
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+        prompter = copy.copy(processor)  # the model is saved with its own chat template
+        if args.prompt == "plain":
+            prompter.chat_template = PLAIN.replace("IMAGE", processor.image_token)
+        skipped = SkippedRows(Path(args.prepare or args.output, "skipped.jsonl")) if args.on_error == "skip" else None
+        if skipped is not None and training.process_index == 0 and not args.resume:
+            skipped.path.unlink(missing_ok=True)
+        if args.prepare is not None:
+            sources = open_sources(args.data, prompter, args.max_length, args.image_folder)
+            print(f"{prepare(sources, args.prepare, args.processes, skipped):,} rows in {args.prepare}")
+            return report(skipped)
+
+        model = AutoModelForImageTextToText.from_pretrained(
+            args.model, trust_remote_code=True, dtype=args.dtype, quantization_config=QUANTIZATIONS.get(args.quantize)
+        )
+        text = model.config.text_config
+        context = getattr(text, "max_position_embeddings", None) or processor.tokenizer.model_max_length
+        args.max_length = args.max_length or context
+        train, evaluation = load_data(args, prompter, training, skipped)
         model = set_stage(model, args.stage, args.freeze, args.rank)
-    except ValueError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(textwrap.shorten(str(error), 1000))
     rates = dict(args.learning_rates)
     trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     if idle := set(rates) - trained:
@@ -254,8 +264,7 @@ def main():
             write_card(args.merge, merged, parts)
             processor.save_pretrained(args.merge)
         report(skipped)
-    trainer.accelerator.wait_for_everyone()  # a process that ends before the others can take them down
-    trainer.accelerator.end_training()
+    end_together()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from lab.evaluate import draw_cases, measure
 
@@ -90,7 +89,7 @@ def test_lmms_eval_gives_the_labs_answers(harness, answers):
     columns = {name: read_results(harness.folder / name) for name in ("s2", "s4")}
     (row,) = [line for line in table(columns).splitlines() if "the lab's questions" in line]
     expected = [sum(a == c.turn.answer for a, c in zip(answers[s], CASES)) / 0.19 for s in (2, 4)]
-    assert row.split("|")[4:6] == [f" {share:.4g} " for share in expected]
+    assert row.split("|")[-3:-1] == [f" {share:.4g} " for share in expected]
 
 
 def test_lmms_eval_in_two_processes(harness, answers):
@@ -100,17 +99,22 @@ def test_lmms_eval_in_two_processes(harness, answers):
     assert all(whole.startswith(text) for text, whole in zip(said, answers[3])) and said != answers[3]
 
 
-def test_vlmevalkit(answers, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(STUBS))
-    from llava_vr.evaluation.vlmevalkit import LlavaVr
-
-    model = LlavaVr(str(ROOT), max_new_tokens=64, dtype="float32", device="cpu")
+def test_vlmevalkit(answers, tmp_path):
+    """The command, with a stand-in for VLMEvalKit."""
+    messages = []
     for i, case in enumerate(CASES[:3]):
-        path = tmp_path / f"{i}.png"
-        case.image.save(path)
-        message = [{"type": "image", "value": str(path)}, {"type": "text", "value": case.turn.question}]
-        assert model.generate(message, dataset="LAB") == answers[3][i]
-    assert Image.open(path).size == case.image.size
+        case.image.save(tmp_path / f"{i}.png")
+        image = {"type": "image", "value": str(tmp_path / f"{i}.png")}
+        messages.append([image, {"type": "text", "value": case.turn.question}])
+    (tmp_path / "messages.json").write_text(json.dumps(messages))
+    env = {**os.environ, "PYTHONPATH": f"{STUBS}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    options = f"pretrained={ROOT},max_new_tokens=64,dtype=float32,device=cpu,projector_downsample=2"
+    command = [sys.executable, "-m", "evaluation.vlmevalkit", options, "--data", tmp_path / "messages.json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == answers[2][:3]
+    done = subprocess.run(command[:3], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "The first argument is `LlavaVr`'s" in done.stderr
 
 
 def test_the_table_of_results(tmp_path, capsys):
@@ -126,12 +130,49 @@ def test_the_table_of_results(tmp_path, capsys):
         folder.mkdir(parents=True)
         results = {"textvqa_val": {"alias": "x", "exact_match,none": score, "exact_match_stderr,none": "N/A"}}
         (folder / "20260101_results.json").write_text(json.dumps({"results": results}))
+    (tmp_path / "b" / "model" / "mmbench_en_dev_results.json").write_text("[]")  # answers to be handed in
     main([str(tmp_path / "a"), str(tmp_path / "b")])
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| TextVQA |")]
-    assert row.endswith("| 50 | 25 |")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"| {tmp_path / 'a'} | {tmp_path / 'b'} |")
+    assert lines[2].startswith("| TextVQA |") and lines[2].endswith("| 50 | 25 |")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none")])
     assert "holds no result file" in capsys.readouterr().err
+
+
+VLMEVALKIT = {  # files as VLMEvalKit writes them: percent, shares, points and sums
+    "TextVQA_VAL_acc.csv": '"Overall"\n"61.5"\n',
+    "ChartQA_TEST_acc.csv": '"test_human","test_augmented","Overall"\n"40.0","60.0","50.0"\n',
+    "AI2D_TEST_acc.csv": '"split","Overall","foodChainsWebs"\n"none","0.625","0.5"\n',
+    "MMBench_DEV_EN_acc.csv": '"split","Overall","AR"\n"dev","0.5","0.25"\n',
+    "MMMU_DEV_VAL_acc.csv": '"split","Overall","Art"\n"dev","0.125","0.5"\n"validation","0.375",""\n',
+    "POPE_score.csv": '"split","Overall","acc"\n"adversarial","70.0","1"\n"Overall","80.5","1"\n"random","90.0","1"\n',
+    "MME_score.csv": '"perception","reasoning","OCR"\n"1234","250.0","100.0"\n',
+    "OCRBench_score.json": '{"Text Recognition": 200, "Final Score": 432, "Final Score Norm": 43.2}',
+    "BLINK_acc.csv": '"split","Overall"\n"val","0.5"\n',
+}
+EXPECTED = {
+    "TextVQA": "61.5",
+    "ChartQA": "50",
+    "AI2D": "62.5",
+    "MMBench, English": "50",
+    "MMMU": "37.5",
+    "POPE": "80.5",
+    "MME, perception": "1234",
+    "MME, cognition": "250",
+    "OCRBench": "432",
+}
+
+
+def test_the_table_of_vlmevalkits_results(tmp_path):
+    from llava_vr.evaluation.table import read_results, table
+
+    folder = tmp_path / "llava-vr" / "T20260101_G0"
+    folder.mkdir(parents=True)
+    for name, text in VLMEVALKIT.items():
+        (folder / f"llava-vr_{name}").write_text(text)
+    rows = [line.split("|") for line in table({"ours": read_results(tmp_path)}).splitlines()[2:]]
+    assert {row[1].strip(): row[-2].strip() for row in rows if row[-2].strip()} == EXPECTED
 
 
 def test_the_package_brings_the_tasks_and_the_entry_point():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -43,13 +44,17 @@ def test_the_budget_counts_the_default_model():
 
 @pytest.mark.skipif(not (ROOT / "model.safetensors").is_file(), reason="the folder holds no tokenizer")
 def test_the_recipe_on_tiny_parts(tmp_path):
-    """Convert, prepare, both stages on two processes, evaluation at three numbers of tokens, the table."""
+    """Convert, prepare, both stages on two processes, evaluation at three numbers of tokens, the table. In all under
+    six minutes of processor time: what the clock shows depends on other work."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "WORK": str(tmp_path / "work"), "HF_HOME": str(tmp_path / "hf")}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [ROOT / "recipes" / "smoke" / "run.sh"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=360
+        [ROOT / "recipes" / "smoke" / "run.sh"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-5000:]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 360
     (ROOT / "questions.parquet").unlink()
     run = tmp_path / "work" / "modules"
     for stage in ("stage1", "stage2"):
@@ -57,6 +62,6 @@ def test_the_recipe_on_tiny_parts(tmp_path):
         losses = [entry["loss"] for entry in log if "loss" in entry]
         assert len(losses) == 12 and losses[-1] < losses[0] and any("eval_loss" in entry for entry in log)
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("| the lab's questions |")]
-    assert len(row.split("|")) == 8 and row.split("|")[4].strip() == "0"
+    assert [cell.strip() for cell in row.split("|")[-4:]] == ["0", "0", "0", ""]
     config = json.loads((run / "stage2" / "config.json").read_text())
     assert config["remember_layers"] == [0, 1] and config["projector_downsample_choices"] == [1, 2, 4]

@@ -316,8 +316,8 @@ def test_streams_of_two_processes(llava, processor, expected, name, workers):
     """Text-only rows mixed in, no row twice in a pass, all of them in one that is whole, another order in the next."""
     rows = EncodedRows(open_sources([str(llava[0] / name)], processor))
     streams = [EncodedStream(rows, rank, 2) for rank in range(2)]
-    found = identify(first_pass(streams, workers, 72, list))
-    assert len(set(found)) == len(found) == 144 and set(found) < set(identify(expected))
+    found = identify(first_pass(streams, workers, 96, list))
+    assert len(set(found)) == len(found) == 192 and set(found) < set(identify(expected))
     whole = iter(EncodedStream(rows))
     passes = [identify(next(whole) for _ in range(200)) for _ in range(2)]
     assert set(passes[0]) == set(passes[1]) == set(identify(expected)) and passes[0] != passes[1]

@@ -18,7 +18,7 @@ from llava_vr import LlavaVrCollator
 from .sources import Source, require, with_id
 
 
-BLOCK = 64  # rows that a stream reads in order
+BLOCK = 64  # rows that a stream reads in order, at most
 BUFFER = 512  # rows among which a stream shuffles
 
 
@@ -133,7 +133,7 @@ class EncodedRows(Dataset):
 class EncodedStream(IterableDataset):
     """
     The same rows without an end, epoch after epoch, read in blocks that are shuffled, and shuffled among `BUFFER` rows.
-    Each process and each of its workers has blocks of its own, so no row comes twice in an epoch.
+    Each process and each of its workers has as many blocks of its own, so no row comes twice in an epoch.
     """
 
     def __init__(self, rows: EncodedRows, rank: int = 0, world_size: int = 1, seed: int = 0):
@@ -146,10 +146,10 @@ class EncodedStream(IterableDataset):
         count = len(self.rows)
         if count < readers:
             raise ValueError(f"{count} rows cannot be streamed to {readers} processes and workers.")
-        size = min(BLOCK, count // readers)
+        edges = np.linspace(0, count, readers * math.ceil(count / (readers * BLOCK)) + 1).astype(int).tolist()
         for epoch in itertools.count():
-            blocks = np.random.default_rng((self.seed, epoch)).permutation(math.ceil(count / size))[reader::readers]
-            places = (place for block in blocks for place in range(block * size, min(count, (block + 1) * size)))
+            blocks = np.random.default_rng((self.seed, epoch)).permutation(len(edges) - 1)[reader::readers]
+            places = (place for block in blocks for place in range(edges[block], edges[block + 1]))
             rng = random.Random(f"{self.seed} {epoch} {reader}")
             for row in shuffled(map(self.rows.read, places), BUFFER, rng):
                 if (encoded := encode(*row, self.rows.skipped)) is not None:

@@ -2,6 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch.func import functional_call
 
 from llava_vr.card_llava_vr import PARTS
 
@@ -9,6 +13,29 @@ from llava_vr.card_llava_vr import PARTS
 def part_of(name: str) -> str:
     """The part of the model that a parameter of this name belongs to."""
     return next(part for part in PARTS if part in name)
+
+
+def freeze_unread(model):
+    """
+    Freezes what the vision tower has behind the last hidden state that is read.
+
+    It never has a gradient: DDP would wait for one, and FSDP2 for the optimizer's state of it when training is resumed.
+    """
+    config, tower = model.config, model.model.vision_tower
+    read = [*config.feature_layers, *config.projector_kwargs.get("feature_layers", [])]
+    read += config.remember_feature_layers if config.remember_layers else []
+    weights = {
+        name: torch.empty_like(value, device="meta", requires_grad=value.is_floating_point())
+        for name, value in chain(tower.named_parameters(), tower.named_buffers())
+    }
+    size = config.vision_config.image_size
+    pixels = torch.empty(1, 3, size, size, dtype=tower.dtype, device="meta")
+    states = functional_call(tower, weights, pixels, {"output_hidden_states": True}).hidden_states
+    inputs = [weights[name] for name, _ in tower.named_parameters()]
+    gradients = torch.autograd.grad(sum(states[i].sum() for i in read), inputs, allow_unused=True)
+    for parameter, gradient in zip(tower.parameters(), gradients):
+        if gradient is None:
+            parameter.requires_grad_(False)
 
 
 def add_lora(model, rank: int, trained_whole: list[str]):

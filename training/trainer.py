@@ -1,13 +1,31 @@
 """transformers' Trainer with a learning rate for each part, grouping by known lengths, and streams."""
 
-from collections.abc import Callable, Iterator, Mapping
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import Trainer
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .parts import part_of
+
+
+def training_arguments(
+    parser: ArgumentParser, defaults: Mapping[str, Any], options: Sequence[str]
+) -> TrainingArguments:
+    """transformers' arguments, of what a script's parser has left over; that parser reports what is wrong with them."""
+    flags = [part for name, value in defaults.items() if value is not None for part in (f"--{name}", str(value))]
+    try:
+        (training,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*flags, *options])
+    except ValueError as error:
+        parser.error(str(error))
+    if training.n_gpu > 1:
+        parser.error("several GPUs in one process would part the images from their rows: use accelerate launch")
+    training.remove_unused_columns = False
+    return training
 
 
 class EpochSampler(Sampler):
@@ -80,3 +98,10 @@ class LlavaVrTrainer(Trainer):
             pin_memory=arguments.dataloader_pin_memory,
             prefetch_factor=arguments.dataloader_prefetch_factor,
         )
+
+
+def end_together():
+    """Waits for all processes and ends their group: one that ends before the others can take them down."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -27,6 +27,10 @@
 : "${DOWNSAMPLES:=2}"            # s at evaluation, of the model's choices: "1 2 4" for one that was trained with them
 : "${EVAL_BATCH:=16}"
 
+[ $((STAGE1_ACCUMULATE * STAGE2_ACCUMULATE)) -gt 0 ] || {
+  echo "STAGE1_BATCH=$STAGE1_BATCH or STAGE2_BATCH=$STAGE2_BATCH rows on each of $GPUS GPUs are more than the total" >&2
+  exit 1
+}
 RUN=$WORK/$([ "$MODULES" = on ] && echo modules || echo plain)
 STAGE1_PARTS=$([ "$MODULES" = on ] && echo projector+remember || echo projector)
 MODULE_RATES=$([ "$MODULES" = on ] && echo vision_remember=1e-4 || true)

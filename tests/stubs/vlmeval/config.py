@@ -1,0 +1,3 @@
+"""The models by name."""
+
+supported_VLM = {}
