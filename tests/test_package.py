@@ -379,6 +379,20 @@ def test_ask_names_a_choice_that_is_none(ask):
     assert code == 2 and "projector_downsample must be one of [2]" in err and "Traceback" not in err
 
 
+def test_ask_names_what_is_no_number_or_no_model(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for option, value, reason in (
+        ("--batch-size", "0", "must be at least 1"),
+        ("--max-new-tokens", "-1", "must be at least 1"),
+        ("--model", tmp_path, "--model"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["ask.py", str(PICTURE), "what?", option, str(value)])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(ROOT / "examples" / "ask.py"), run_name="__main__")
+        err = capsys.readouterr().err
+        assert option in err and reason in err.splitlines()[-1]
+
+
 COMMANDS = runpy.run_path(str(ROOT / "__main__.py"))["COMMANDS"]
 
 
@@ -411,7 +425,7 @@ def test_commands_have_their_own_help(llava_vr, name, option):
 def test_a_command_says_what_it_needs(llava_vr, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, _, err = llava_vr("demo")
-    assert code == 2 and "pip install 'llava-vr[demo]'" in err
+    assert code == 2 and 'pip install ".[demo]"' in err
     code, _, err = llava_vr("tidy")
     assert code == 2 and "ask" in err
 
