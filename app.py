@@ -150,7 +150,7 @@ class Demo:
                     button = gr.Button("Ask", variant="primary")
                 with gr.Column():
                     answer = gr.Textbox(label="Answer", lines=3, interactive=False)
-                    gr.Markdown("Where the image tokens behind the answer looked again, after each module's decoder layer:")
+                    gr.Markdown("Where the image tokens behind the answer looked again, by decoder layer:")
                     maps = []
                     with gr.Tabs():
                         for layer in self.model.config.remember_layers:
