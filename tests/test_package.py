@@ -208,7 +208,7 @@ PAGES = {"README.md": README} | {
 
 def blocks(page: str, language: str) -> list[str]:
     """A page's blocks of code of a language, but those with a line `<!-- not run: why -->` before them."""
-    found = re.findall(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
     return [code for marked, name, code in found if name == language and not marked]
 
 
