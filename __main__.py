@@ -15,11 +15,7 @@ COMMANDS = {  # the module or script that it runs, the extra that this needs, an
     "ask": ("llava_vr.examples.ask", None, "ask about pictures"),
     "convert": ("llava_vr.convert_weights", None, "make a LLaVA-VR folder of a checkpoint, or compress a LLaVA"),
     "finetune": ("llava_vr.examples.finetune", "finetuning", "train on chats with pictures"),
-    "distill": (
-        "llava_vr.examples.distill",
-        "finetuning",
-        "train a compressed model, its uncompressed self the teacher",
-    ),
+    "distill": ("llava_vr.examples.distill", "finetuning", "train a compressed model on its uncompressed self"),
     "evaluate": ("lab.evaluate", "lab", "exact match on drawn pictures"),
     "serve": ("examples/serve.sh", "vllm", "an OpenAI server, with vLLM's options"),
     "demo": ("llava_vr.app", "demo", "the demo, in a browser"),
@@ -67,7 +63,9 @@ def main():
             parser.error(f"{args.command} is not in this installation: run it in a clone of the repository")
         run(target, f"llava-vr {args.command}", args.arguments)
     except ModuleNotFoundError as error:
-        parser.error(f"{args.command} needs {error.name}: pip install 'llava-vr[{extra}]'")
+        if extra is None:
+            raise
+        parser.error(f'{args.command} needs {error.name}: pip install ".[{extra}]" in a clone of the repository')
 
 
 if __name__ == "__main__":

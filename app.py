@@ -34,7 +34,14 @@ INTRODUCTION = """# LLaVA-VR
 Many image patches become few image tokens; between the layers of the decoder these tokens look at the image again. The
 maps show where. The nano checkpoint reads drawn lines of text, tables, charts and price lists, in English; about
 photographs it answers with confidence and without sense."""
-COLUMNS = ["s", "tokens", "first", "last", "question", "answer"]
+COLUMNS = {  # of the table of runs, with their widths in pixels
+    "s": 50,
+    "image tokens": 90,
+    "first token (ms)": 90,
+    "answer (ms)": 90,
+    "question": 320,
+    "answer": 560,
+}
 answer_maps, draw_map = (
     get_class_from_dynamic_module(f"maps_llava_vr.{name}", str(ROOT)) for name in ("answer_maps", "draw_map")
 )
@@ -143,14 +150,19 @@ class Demo:
                     button = gr.Button("Ask", variant="primary")
                 with gr.Column():
                     answer = gr.Textbox(label="Answer", lines=3, interactive=False)
-                    gr.Markdown("Where the image tokens behind the answer looked again, after decoder")
+                    gr.Markdown("Where the image tokens behind the answer looked again, by decoder layer:")
                     maps = []
                     with gr.Tabs():
                         for layer in self.model.config.remember_layers:
                             with gr.Tab(f"layer {layer}"):
                                 maps.append(gr.Image(show_label=False, interactive=False, height=320))
-            label = "Your questions so far: image tokens, milliseconds to the first token of the answer and to the last"
-            table = gr.Dataframe(headers=COLUMNS, label=label, interactive=False, wrap=True)
+            table = gr.Dataframe(
+                headers=list(COLUMNS),
+                column_widths=list(COLUMNS.values()),
+                label="Your questions so far, and the milliseconds to the first token of the answer and to its end",
+                interactive=False,
+                wrap=True,
+            )
             if samples := [[str(ROOT / name), text] for name, text in SAMPLES.items() if (ROOT / name).is_file()]:
                 gr.Examples(samples, [picture, question])
             for trigger in (button.click, question.submit):
@@ -166,7 +178,11 @@ def main():
     parser.add_argument("--model", default=name, help="folder or Hub name (default: $LLAVA_VR_MODEL, or this folder)")
     parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860 on)")
     args = parser.parse_args()
-    Demo(args.model).page().launch(server_port=args.port)
+    try:
+        demo = Demo(args.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model {args.model}: {str(error).splitlines()[0]}")
+    demo.page().launch(server_port=args.port)
 
 
 if __name__ == "__main__":

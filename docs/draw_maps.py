@@ -51,4 +51,4 @@ for axis, (title, found) in zip(axes, panels.items()):
     axis.imshow(draw_map(args.image, found))
     axis.set_title(title, fontsize=11)
     axis.axis("off")
-figure.savefig(args.output, dpi=100)
+figure.savefig(args.output, dpi=100, bbox_inches="tight")

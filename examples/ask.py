@@ -28,6 +28,13 @@ EXAMPLES = """examples:
 """
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
+    return number
+
+
 def list_pictures(sources: Sequence[str]) -> list[str]:
     """Paths and URLs as they are, and for a folder the pictures in it, by their suffixes."""
     suffixes, pictures = Image.registered_extensions(), []
@@ -84,9 +91,9 @@ def main() -> int:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures: paths, URLs, or folders of them")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about each")
     parser.add_argument("--model", default=MODEL, help="folder or Hub name of the model (default: this repository)")
-    parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default: 100)")
+    parser.add_argument("--max-new-tokens", type=positive, default=100, help="longest answer, in tokens (default: 100)")
     parser.add_argument("--downsample", type=int, help="s: s x s patches become one token; one of the model's choices")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures answered at once (default: 8)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="pictures answered at once (default: 8)")
     parser.add_argument("--json", action="store_true", help="print JSON lines: image, question, answer, image_tokens")
     args = parser.parse_args()
     pictures = list_pictures(args.images)
@@ -97,7 +104,7 @@ def main() -> int:
     try:
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"--model {args.model}: {str(error).splitlines()[0]}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor.tokenizer.padding_side = "left"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).parents[1]
 OLDEST = "5.18.0"
@@ -21,12 +23,14 @@ def test_oldest_is_the_one_that_setup_asks_for():
     assert requirement in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 
 
+@pytest.mark.common
 def test_oldest_and_newest_answer_alike():
     done = run(OLDEST, "newest")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("compat: 2 of 2 versions agree\n")
 
 
+@pytest.mark.common
 def test_a_difference_is_told(package, tmp_path):
     """With another reference the comparison fails: it does look."""
     reference = tmp_path / "reference.json"

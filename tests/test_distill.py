@@ -260,6 +260,7 @@ def test_resumed_training_goes_on_as_if_never_interrupted(run, tmp_path):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.common
 def test_two_processes_train_as_one(save_compressed, photos, tmp_path):
     """With one choice for the student: s is drawn in each process by itself."""
     model = save_compressed(projector_downsample_choices=[1, 2])

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from llava_vr import LlavaVrCollator
 
 
+pytestmark = pytest.mark.common
 RANKS = Path(__file__).parent / "ranks.py"
 TIME_LIMIT = 240  # a hang is a failure
 IMAGE, TEXT = [9, (40, 90), 10, 11], [5, 6, 7, 8, 20, 21]

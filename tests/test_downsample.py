@@ -174,6 +174,7 @@ def test_collator_names_the_choices(processor):
         LlavaVrCollator(processor, projector_downsample=3)
 
 
+@pytest.mark.common
 def test_ask_takes_it():
     def ask(*options):
         command = [sys.executable, ROOT / "examples/ask.py", ROOT / "examples/receipt.png", "how much is the salad?"]

@@ -78,6 +78,7 @@ def harness(tmp_path_factory):
     return run
 
 
+@pytest.mark.common
 def test_lmms_eval_gives_the_labs_answers(harness, answers):
     from llava_vr.evaluation.table import read_results, table
 
@@ -92,6 +93,7 @@ def test_lmms_eval_gives_the_labs_answers(harness, answers):
     assert row.split("|")[-3:-1] == [f" {share:.4g} " for share in expected]
 
 
+@pytest.mark.common
 def test_lmms_eval_in_two_processes(harness, answers):
     scores, said = harness("two", 2, "--model_args", f"pretrained={ROOT}")
     assert said == answers[3]

@@ -117,6 +117,7 @@ assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), 
 """
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("kind", ["llama", "siglip and qwen2"])
 def test_lora_is_saved_reloaded_and_merged(finetune, package, tiny_config, make_model, data, tmp_path, kind):
     peft = pytest.importorskip("peft")
@@ -467,6 +468,7 @@ def test_trl(package, data, tmp_path, collator):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.common
 @pytest.mark.skipif(not (ROOT / "model.safetensors").is_file(), reason="the folder holds no checkpoint")
 def test_the_notebook(tmp_path):
     """The code cells in their order, in one process, started beside the notebook."""

@@ -720,6 +720,7 @@ def test_no_downsampling_in_training_gives_the_modules_zero_gradients(tiny_confi
 # -------------------------------------------------------------------------------------------- saving, loading, resizing
 
 
+@pytest.mark.common
 def test_save_and_load_in_a_fresh_process(config, model, make_inputs, tmp_path):
     inputs = make_inputs(config, MIXED)
     with torch.no_grad():

@@ -77,6 +77,7 @@ assert model.generation_config.pad_token_id is not None
 """
 
 
+@pytest.mark.common
 def test_auto_classes(run, folder):
     names = ["LlavaVrConfig", "LlavaVrModel", "LlavaVrForConditionalGeneration", "LlavaVrProcessor"]
     assert run(AUTO_CLASSES, folder).split() == names
@@ -95,6 +96,7 @@ for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
 """
 
 
+@pytest.mark.common
 def test_refused_without_trust_remote_code(run, folder):
     assert run(REFUSED, folder).split() == ["refused"] * 3
 
@@ -151,6 +153,7 @@ model = AutoModel.from_pretrained("MODEL", trust_remote_code=True, dtype="auto")
 }
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("snippet", HUB_SNIPPETS)
 def test_hub_snippets(run, folder, picture_url, snippet):
     run(HUB_SNIPPETS[snippet].replace("MODEL", str(folder)).replace("IMAGE", picture_url))
@@ -179,6 +182,7 @@ else:
 """
 
 
+@pytest.mark.common
 def test_a_saved_copy_stands_alone(run, folder, tmp_path):
     copy = tmp_path / "copy"
     run(SAVE, folder, PICTURE, copy, "save")
@@ -208,10 +212,11 @@ PAGES = {"README.md": README} | {
 
 def blocks(page: str, language: str) -> list[str]:
     """A page's blocks of code of a language, but those with a line `<!-- not run: why -->` before them."""
-    found = re.findall(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
     return [code for marked, name, code in found if name == language and not marked]
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_of_the_documents(run, tmp_path, page):
     """A page's blocks in their order, after the first of README.md, in a folder that looks like this one."""
@@ -239,6 +244,7 @@ for picture, question in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.common
 def test_answers_of_the_readme(run):
     """The model's answers are those of the table of samples, of the command, and of the metadata."""
     pictures, questions, answers = (
@@ -355,11 +361,13 @@ def ask(package, tmp_path):
     return ask
 
 
+@pytest.mark.common
 def test_ask_names_a_bad_picture(ask):
     code, out, err = ask("no.png", "what?")
     assert code == 2 and "no.png" in err and "Traceback" not in err and not out
 
 
+@pytest.mark.common
 def test_ask_answers_a_folder_but_for_what_cannot_be_read(ask, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -374,9 +382,24 @@ def test_ask_answers_a_folder_but_for_what_cannot_be_read(ask, tmp_path):
     assert code == 2 and "broken.png" in err and "notes.txt" not in err and "Traceback" not in err
 
 
+@pytest.mark.common
 def test_ask_names_a_choice_that_is_none(ask):
     code, _, err = ask(PICTURE, "what?", "--downsample", 7)
     assert code == 2 and "projector_downsample must be one of [2]" in err and "Traceback" not in err
+
+
+def test_ask_names_what_is_no_number_or_no_model(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for option, value, reason in (
+        ("--batch-size", "0", "must be at least 1"),
+        ("--max-new-tokens", "-1", "must be at least 1"),
+        ("--model", tmp_path, "--model"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["ask.py", str(PICTURE), "what?", option, str(value)])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(ROOT / "examples" / "ask.py"), run_name="__main__")
+        err = capsys.readouterr().err
+        assert option in err and reason in err.splitlines()[-1]
 
 
 COMMANDS = runpy.run_path(str(ROOT / "__main__.py"))["COMMANDS"]
@@ -411,7 +434,7 @@ def test_commands_have_their_own_help(llava_vr, name, option):
 def test_a_command_says_what_it_needs(llava_vr, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, _, err = llava_vr("demo")
-    assert code == 2 and "pip install 'llava-vr[demo]'" in err
+    assert code == 2 and 'pip install ".[demo]"' in err
     code, _, err = llava_vr("tidy")
     assert code == 2 and "ask" in err
 

@@ -34,6 +34,7 @@ def test_total_batches():
         assert subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True).stdout == "256 128\n"
 
 
+@pytest.mark.common
 def test_the_budget_counts_the_default_model():
     done = subprocess.run(
         [sys.executable, "-m", "recipes.llava_vr_2b.budget"], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -42,6 +43,7 @@ def test_the_budget_counts_the_default_model():
     assert done.stdout.strip() in (RECIPE / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.common
 @pytest.mark.skipif(not (ROOT / "model.safetensors").is_file(), reason="the folder holds no tokenizer")
 def test_the_recipe_on_tiny_parts(tmp_path):
     """Convert, prepare, both stages on two processes, evaluation at three numbers of tokens, the table. In all under

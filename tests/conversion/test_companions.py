@@ -20,6 +20,7 @@ from llava_vr.convert_weights import convert
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.common
 def test_folder_is_complete_and_loads_in_a_fresh_process(tmp_path, clip_folder, save_tokenizer):
     """A prompt with a picture goes through the processor to an answer, all from the folder alone."""
     folder = make_llava(**ANYRES).save(tmp_path / "source")

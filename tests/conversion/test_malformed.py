@@ -278,6 +278,7 @@ def test_unknown_dtype(refusal):
     assert "'florid16'" in refusal(config(dtype="florid16"), "next")
 
 
+@pytest.mark.common
 def test_as_a_process(good, tmp_path):
     shutil.copytree(good, tmp_path / "models")
     write("config.json", DEEP)(tmp_path / "models" / "research")

@@ -196,6 +196,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.common
 @pytest.mark.parametrize(
     ("code", "expected", "error"),
     [(INTERRUPTED, 130, "convert_weights.py: error: interrupted\n"), (INTERRUPTED_IMPORT, -signal.SIGINT, "")],
