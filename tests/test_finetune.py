@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -355,7 +356,7 @@ def test_a_streamed_run(train, llava, tmp_path, capsys):
 def train_together(package, tmp_path):
     """`train_together(output, source, *options)`: the script in two processes."""
 
-    def run(output: Path, source: Path, *options, model: Path = package, script: tuple = (SCRIPT,)):
+    def run(output: Path, source: Path, *options, model: Path = package, script: tuple = (SCRIPT,), **variables):
         command = [
             sys.executable,
             "-m",
@@ -367,7 +368,7 @@ def train_together(package, tmp_path):
             source,
         ]
         command += ["--output", output, "--model", model, "--use_cpu", "true", "--logging_steps", 1, *options]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), **variables}
         done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-5000:]
 
@@ -396,6 +397,44 @@ def test_two_processes_resume(train, train_together, llava, tmp_path, stage):
     whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "resumed")
     assert len(set(whole)) == len(resumed) == 12
     np.testing.assert_allclose(resumed, whole, rtol=0, atol=1e-5)
+
+
+FSDP2 = """
+import runpy
+import sys
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+torch.distributed.init_process_group("gloo")
+PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+_, *sys.argv = sys.argv
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_resume_with_fsdp2(train, train_together, llava, tmp_path):
+    """accelerate has FSDP2 for GPUs only, so it is told that the CPUs are some; with the options of its configuration:
+    python -m pytest tests/test_finetune.py -m slow -k fsdp2"""
+    config = yaml.safe_load((ROOT / "recipes" / "llava_vr_2b" / "accelerate" / "fsdp2_8.yaml").read_text())
+    variables = {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
+    variables["ACCELERATE_USE_FSDP"] = "true"
+    (tmp_path / "fsdp2.py").write_text(FSDP2)
+    train(tmp_path / "no", "--prepare", tmp_path / "data", source=llava)
+    options = ["--per_device_train_batch_size", 20, "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 9]
+    options += STAGES["stage 2"].split()
+    sharded = {"script": (tmp_path / "fsdp2.py", SCRIPT), **variables}
+    train_together(tmp_path / "ddp", tmp_path / "data", *options)
+    train_together(tmp_path / "whole", tmp_path / "data", *options, **sharded)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train_together(tmp_path / "resumed", tmp_path / "data", *options, "--resume", **sharded)
+    whole = losses(tmp_path / "whole")
+    np.testing.assert_allclose(losses(tmp_path / "resumed"), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "ddp"), whole, rtol=0, atol=1e-5)
+    assert len(set(whole)) == 4 and load(tmp_path / "whole").config.model_type == "llava_vr"
 
 
 RECORDED = """
