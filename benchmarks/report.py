@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table, show
+from benchmarks.serving import LOADS as SERVING_LOADS
 
 
 README = Path(__file__).with_name("README.md")
@@ -218,12 +219,12 @@ FIGURES = [
     Figure("loading: peak memory over the weights", 1.1, {"cpu": "loading"}, lambda r: r["loading"]["peak_over_file"]),
     *(
         Figure(
-            f"64 requests, questions of {load}: vLLM, compiled, over `generate` in one batch",
+            f"64 requests, {load}: vLLM, compiled, over `generate` in one batch",
             1 / 1.3,
             dict.fromkeys(DEVICES, "serving"),
             lambda result, load=load: result["times"][load]["generate"]["ours_over"],
         )
-        for load in ("one type", "all types")
+        for load in SERVING_LOADS
     ),
 ]
 

@@ -1,9 +1,9 @@
 """64 requests to vLLM, compiled, beside `generate` in one batch of 64: each about its own picture, pictures included.
 
-Two loads: questions of one type, whose answers are short and alike in length, and questions of all types in turns, some
-of which ask for a transcription. The calls take turns in one run; vLLM computes in its own process. No cache of
-prefixes or of pictures is on, so every round encodes every picture. Both give the same answers, which is checked first.
-It needs the environment of vLLM (docs/serving.md).
+Three loads: questions of all types about price lists, most of which have an answer of a few tokens; transcriptions of
+price lists, of up to 20 tokens; transcriptions of tables, of up to 44. The calls take turns in one run; vLLM computes
+in its own process. No cache of prefixes or of pictures is on, so every round encodes every picture. Both give the same
+answers, which is checked first. It needs the environment of vLLM (docs/serving.md).
 
     python -m benchmarks.serving
 """
@@ -31,6 +31,7 @@ from lab.evaluate import Case, answer, draw_cases, encode
 
 
 ROOT = Path(__file__).resolve().parents[1]
+LOADS = ("price lists, all types", "price lists, transcribed", "tables, transcribed")
 MAX_TOKENS = 64  # of `lab.evaluate.answer`
 
 
@@ -48,12 +49,11 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=dtype)
     model = model.to(args.device).eval()
-    drawn = list(draw_cases(99, args.requests, False, ("receipt",)))
-    kinds = len(drawn) // args.requests
-    loads = {
-        "one type": drawn[::kinds],
-        "all types": [drawn[kinds * picture + picture % kinds] for picture in range(args.requests)],
-    }
+    drawn = {name: list(draw_cases(99, args.requests, False, (name,))) for name in ("receipt", "table")}
+    kinds = len(drawn["receipt"]) // args.requests
+    loads = {LOADS[0]: [drawn["receipt"][kinds * i + i % kinds] for i in range(args.requests)]}
+    for title, name in zip(LOADS[1:], drawn):
+        loads[title] = [case for case in drawn[name] if case.turn.question_type == "transcribe"]
     engine = vllm.LLM(
         args.model,
         trust_remote_code=True,

@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoProcessor
 pytest.importorskip("vllm")
 
 from engines import ROOT, Answer, Engine, Request, Transformers, count_equal, draw_requests  # noqa: E402
+from torchao.core.config import config_to_dict  # noqa: E402
+from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
 from llava_vr.conversion.templates import STYLES  # noqa: E402
@@ -124,8 +126,16 @@ def adapters(cases, tmp_path_factory) -> Adapters:
     return Adapters(folder, others, requests, plain, [reference.answer(request) for request in requests])
 
 
+@pytest.fixture(scope="module")
+def quantized() -> list[Answer]:
+    """What transformers answers with the root checkpoint's decoder, and that alone, in 8 bits."""
+    reference = Transformers(ROOT)
+    quantize_(reference.model.model.language_model.layers, Int8WeightOnlyConfig())
+    return [reference.answer(request) for request in draw_requests()]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_kind_of_model(cases, adapters, name):
+def test_every_kind_of_model(cases, adapters, quantized, name):
     case = cases[name]
     engine = Engine(case.folder, enforce_eager=True, max_model_len=1024, limit_mm_per_prompt={"image": 3})
     try:
@@ -190,6 +200,18 @@ def test_lora_on_the_decoder_alone(adapters):
         assert count_equal(engine.answers(adapters.requests), adapters.plain) == 8
     finally:
         engine.close()
+
+
+def test_the_decoder_alone_is_quantized(adapters, quantized):
+    config = json.dumps(config_to_dict(Int8WeightOnlyConfig()))
+    overrides = {"quantization_config_dict_json": config}
+    engine = Engine(ROOT, enforce_eager=True, quantization="torchao", hf_overrides=overrides)
+    try:
+        found = engine.answers(draw_requests())
+    finally:
+        engine.close()
+    assert count_equal(found, quantized) == 50
+    assert count_equal(found[:8], adapters.plain) < 8
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
