@@ -111,12 +111,12 @@ def test_vlmevalkit(answers, tmp_path):
     (tmp_path / "messages.json").write_text(json.dumps(messages))
     env = {**os.environ, "PYTHONPATH": f"{STUBS}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     options = f"pretrained={ROOT},max_new_tokens=64,dtype=float32,device=cpu,projector_downsample=2"
-    command = [sys.executable, "-m", "evaluation.vlmevalkit", options, "--data", tmp_path / "messages.json"]
+    command = [sys.executable, "-m", "evaluation.run_vlmevalkit", options, "--data", tmp_path / "messages.json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == answers[2][:3]
-    done = subprocess.run(command[:3], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "The first argument is `LlavaVr`'s" in done.stderr
+    done = subprocess.run([*command[:3], "model"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "'model' is not NAME=VALUE" in done.stderr
 
 
 def test_the_table_of_results(tmp_path, capsys):
