@@ -2,11 +2,15 @@
 
 import copy
 import os
+import tempfile
 from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes must not write the same module at once
+    modules = tempfile.TemporaryDirectory(prefix="llava_vr_modules.")
+    os.environ["HF_MODULES_CACHE"] = modules.name
 
 import pytest
 import torch
