@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -46,17 +45,13 @@ def test_the_budget_counts_the_default_model():
 @pytest.mark.common
 @pytest.mark.skipif(not (ROOT / "model.safetensors").is_file(), reason="the folder holds no tokenizer")
 def test_the_recipe_on_tiny_parts(tmp_path):
-    """Convert, prepare, both stages on two processes, evaluation at three numbers of tokens, the table. In all under
-    six minutes of processor time: what the clock shows depends on other work."""
+    """Convert, prepare, both stages on two processes, evaluation at three numbers of tokens, the table."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "WORK": str(tmp_path / "work"), "HF_HOME": str(tmp_path / "hf")}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [ROOT / "recipes" / "smoke" / "run.sh"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200
+        [ROOT / "recipes" / "smoke" / "run.sh"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=360
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 360
     (ROOT / "questions.parquet").unlink()
     run = tmp_path / "work" / "modules"
     for stage in ("stage1", "stage2"):
