@@ -57,6 +57,20 @@ def test_a_card_that_is_there_stays(tiny_config, make_model, tmp_path):
     assert rows((tmp_path / "README.md").read_text())["trained"] == "projector"
 
 
+def test_a_model_that_is_saved_in_training_says_what_is_trained(tiny_config, make_model, tmp_path):
+    base, plain, tuned = (tmp_path / name for name in ("base", "plain", "tuned"))
+    make_model(tiny_config()).save_pretrained(base)
+    model = LlavaVrForConditionalGeneration.from_pretrained(base)
+    model.save_pretrained(plain)
+    assert "trained" not in rows((plain / "README.md").read_text())
+    model.model.language_model.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    model.train().save_pretrained(tuned)
+    text = (tuned / "README.md").read_text()
+    assert "fine-tuned from `base`" in text
+    assert rows(text)["trained"] == "vision tower, projector, newline token, Vision Remember modules"
+
+
 def test_an_adapter_gets_a_card_and_not_a_template(package, tmp_path):
     peft = pytest.importorskip("peft")
     base = AutoModelForImageTextToText.from_pretrained(package, trust_remote_code=True)
