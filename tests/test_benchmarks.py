@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 
+pytestmark = pytest.mark.common
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import common, loading, module, prefill, report  # noqa: E402

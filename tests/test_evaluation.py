@@ -101,6 +101,7 @@ def test_lmms_eval_in_two_processes(harness, answers):
     assert all(whole.startswith(text) for text, whole in zip(said, answers[3])) and said != answers[3]
 
 
+@pytest.mark.common
 def test_vlmevalkit(answers, tmp_path):
     """The command, with a stand-in for VLMEvalKit."""
     messages = []

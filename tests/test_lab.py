@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
+pytestmark = pytest.mark.common
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -373,7 +374,7 @@ def test_interrupted_training_ends_where_the_uninterrupted_does(tower, tmp_path)
 
 
 def test_nano_checkpoint_is_the_nano_experiment():
-    stored, processor = LlavaVrConfig.from_pretrained(ROOT), processor_of(NANO)
+    stored, processor = LlavaVrConfig.from_pretrained(ROOT), make_processor(("tea",), NANO.downsample, NANO.choices)
     built = make_config(NANO, CLIPVisionModel(stored.vision_config), processor.tokenizer)
     same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     assert all(getattr(built.text_config, name) == getattr(stored.text_config, name) for name in same)

@@ -15,6 +15,7 @@ from PIL import Image, ImageFont
 from safetensors import safe_open
 
 
+pytestmark = pytest.mark.common
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lab import evaluate_tower, train_tower  # noqa: E402

@@ -322,6 +322,7 @@ def test_tilings_are_token_packers(patch_num):
         assert layout.tiling(size) == expected_tiling(*size, pinpoints), size
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("patch_num", [9, 25])
 def test_tiles_are_token_packers(patch_num):
     """Within 1e-5, of values between -1.8 and 2.2; a step of 8 bits is 0.015."""

@@ -638,7 +638,7 @@ def test_every_projector_and_merge(tiny_config, make_model, make_inputs, project
 # ------------------------------------------------------------------------------------------------------------ numerics
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.common)])
 def test_attention_implementations_agree(config, model, make_inputs, implementation):
     eager, other = copy.deepcopy(model), copy.deepcopy(model)
     eager.set_attn_implementation("eager")
@@ -675,6 +675,7 @@ def test_half_precision_stays_close(config, model, make_inputs, dtype):
     assert (exact - close).abs().max() < 0.03 * exact.abs().max()
 
 
+@pytest.mark.common
 def test_compiled_decoder_equals_eager(config, model, make_inputs):
     inputs = make_inputs(config, MIXED)
     with torch.no_grad():

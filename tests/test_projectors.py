@@ -453,6 +453,7 @@ def test_bfloat16_stays_close(name):
     assert (in_bfloat16 - tokens).abs().max() < 0.05 * tokens.abs().max()
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_projector_is_one_graph(name):
     downsample = 1 if name == "mlp" else 2

@@ -148,6 +148,7 @@ def test_relative_paths_begin_at_the_image_folder(llava, processor, expected, tm
         encoded(tmp_path / "rows.json", processor)
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("processes", [1, 2])
 def test_prepared_rows_equal_their_source(llava, processor, expected, tmp_path, processes):
     for name in ("list.json", "parquet"):
@@ -310,6 +311,7 @@ def first_pass(datasets, workers: int, share: int, collate) -> list:
     return found
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", ["list.json", "parquet"])
 def test_streams_of_two_processes(llava, processor, expected, name, workers):
@@ -333,6 +335,7 @@ def test_a_stream_leaves_broken_rows_out(llava, processor, expected, tmp_path):
     assert set(found) == set(identify(row for i, row in enumerate(expected) if i not in BROKEN))
 
 
+@pytest.mark.common
 def test_a_stream_of_the_hub(llava, processor, expected):
     """`datasets` reads a folder as it reads the Hub."""
     collator, name = LlavaVrCollator(processor), str(llava[0] / "parquet")

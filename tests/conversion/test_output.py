@@ -55,6 +55,7 @@ def test_output_that_cannot_be_written(llava, tmp_path, capsys, monkeypatch):
     assert "No space left on device" in refused(folder, capsys)
 
 
+@pytest.mark.common
 @pytest.mark.parametrize("point", ["weights", "files", "before the exchange", "within the exchange", "after it"])
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "overwrite"])
 def test_killed_at_any_point(point, exists, llava, tmp_path, monkeypatch):
