@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 from lab.data.drawing import Turn, generator
+from lab.data.reading import READING
 from lab.data.samples import DOMAINS
 from lab.training import describe_machine
 
@@ -38,9 +39,10 @@ def draw_cases(seed: int, count: int, held_out: bool, domains: Sequence[str] = t
     for name in domains:
         for index in range(count):
             rng = generator(seed, index)
-            picture = DOMAINS[name].draw(rng, held_out)
-            for question_type in DOMAINS[name].QUESTION_TYPES:
-                yield Case(name, picture.image, DOMAINS[name].ask(rng, picture.facts, question_type))
+            domain = (DOMAINS | READING)[name]
+            picture = domain.draw(rng, held_out)
+            for question_type in domain.QUESTION_TYPES:
+                yield Case(name, picture.image, domain.ask(rng, picture.facts, question_type))
 
 
 def encode(
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--model", default=".", help="checkpoint folder or Hub name (default: this folder)")
     parser.add_argument("--n", type=int, default=200, help="pictures of each domain (default 200)")
     parser.add_argument("--seed", type=int, default=99, help="stream of test pictures (default 99)")
-    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS | READING, default=list(DOMAINS))
     parser.add_argument("--seen", action="store_true", help="fonts and layouts of training, not those held out")
     parser.add_argument("--batch-size", type=int, default=70)
     parser.add_argument("--downsample", type=int, help="s, one of the model's choices (default: its own)")

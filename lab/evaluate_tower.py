@@ -16,7 +16,7 @@ from lab.data.labels import COUNTS, find_spots, make_labels
 from lab.data.page import CLASSES, NUMBERS, Item
 from lab.data.scenes import check_data, draw_picture
 from lab.data.text import CHARACTERS
-from lab.train_tower import STATE, TEST_SEED, ReadingTower, Run, normalise
+from lab.train_tower import STATE, TEST_SEED, ReadingTower, new_run, normalise
 from lab.training import describe_machine
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     check_data(parser)
     if not args.state.is_file():
         parser.error(f"{args.state} is missing: `python -m lab.train_tower` trains a tower")
-    run = Run(args.state)
+    run = new_run(args.state)
     result = {"training": run.facts, "seed": TEST_SEED, **describe_machine("cpu")}
     result |= {split: evaluate(run.model.eval(), split, args.n) for split in SPLITS}
     text = json.dumps(result, indent=1)

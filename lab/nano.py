@@ -49,13 +49,19 @@ def make_tokenizer(texts: Iterable[str], least: int = 8) -> PreTrainedTokenizerF
     )
 
 
-def make_processor(texts: Iterable[str], downsample: int = 3, choices: Sequence[int] | None = None) -> LlavaVrProcessor:
-    """One square picture of 96 x 96 pixels, a vision token for each downsample x downsample patches of it."""
+def make_processor(
+    texts: Iterable[str],
+    downsample: int = 3,
+    choices: Sequence[int] | None = None,
+    side: int = CANVAS,
+    patch_size: int = 8,
+) -> LlavaVrProcessor:
+    """One square picture of `side` x `side` pixels, a vision token for each downsample x downsample patches of it."""
     image_processor = LlavaImageProcessorPil(
         do_pad=True,
-        size={"height": CANVAS, "width": CANVAS},
+        size={"height": side, "width": side},
         do_center_crop=False,
-        crop_size={"height": CANVAS, "width": CANVAS},
+        crop_size={"height": side, "width": side},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
@@ -63,7 +69,7 @@ def make_processor(texts: Iterable[str], downsample: int = 3, choices: Sequence[
         image_processor,
         make_tokenizer(texts),
         chat_template=CHAT_TEMPLATE,
-        patch_size=8,
+        patch_size=patch_size,
         projector_downsample=downsample,
         projector_downsample_choices=choices and list(choices),
         image_aspect_ratio="pad",

@@ -40,6 +40,7 @@ class Dialogues(Dataset):
 
     def __init__(self, processor: LlavaVrProcessor, draw: Callable[[int], tuple[Image.Image, list[Turn]]], length: int):
         self.tokenizer, self.draw, self.length = processor.tokenizer, draw, length
+        self.side = processor.image_processor.size["height"]
         self.downsamples = processor.projector_downsample_choices or [processor.projector_downsample]
         self.images = {s: IMAGE * processor.image_layout.num_tokens(None, s) for s in self.downsamples}
 
@@ -58,7 +59,7 @@ class Dialogues(Dataset):
         return {
             "input_ids": torch.tensor(sum(pieces, [])),
             "labels": torch.tensor(labels),
-            "pixel_values": torch.from_numpy(pixels(image)),
+            "pixel_values": torch.from_numpy(pixels(image, self.side)),
             "image_downsamples": torch.tensor(downsample),
         }
 

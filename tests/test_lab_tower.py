@@ -22,7 +22,8 @@ from lab import evaluate_tower, train_tower  # noqa: E402
 from lab.data import fonts, page, scenes, sheet, text  # noqa: E402
 from lab.data.labels import COUNTS, GRID, by_row, find_spots, make_labels  # noqa: E402
 from lab.data.page import CLASSES, NUMBERS, SIDE, Page  # noqa: E402
-from lab.train_tower import Pictures, Run, load_batches  # noqa: E402
+from lab.pieces import load_batches  # noqa: E402
+from lab.train_tower import Pictures, new_run  # noqa: E402
 
 
 FONTS = {family.name: family.files() for family in fonts.list_families() if family.package == "matplotlib"}
@@ -217,8 +218,8 @@ def take(batches, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def test_training_goes_on_where_it_stopped(tmp_path):
-    state = tmp_path / "state.safetensors"
-    run, batches = Run(state, batch_size=2), iter(load_batches(0, 2, workers=0))
+    state, pictures = tmp_path / "state.safetensors", Pictures(train_tower.SEED, "train")
+    run, batches = new_run(state, batch_size=2), iter(load_batches(pictures, 0, 2, workers=0))
     for batch in take(batches, 2):
         run.step(batch)
     run.save()
@@ -227,8 +228,8 @@ def test_training_goes_on_where_it_stopped(tmp_path):
         facts = json.loads(file.metadata()["run"])
     assert (facts["step"], facts["images"], facts["seed"]) == (2, 4, train_tower.SEED)
 
-    resumed = Run(state)
-    (next_batch,) = take(load_batches(resumed.facts["images"], resumed.facts["batch_size"], workers=0), 1)
+    resumed = new_run(state)
+    (next_batch,) = take(load_batches(pictures, resumed.facts["images"], 2, workers=0), 1)
     for key, value in next(batches).items():
         assert torch.equal(value, next_batch[key])
     losses = [[part.step(next_batch) for _ in range(2)] for part in (run, resumed)]
@@ -237,7 +238,7 @@ def test_training_goes_on_where_it_stopped(tmp_path):
 
 
 def test_learning_rate_rises_stays_and_falls_once_told(tmp_path):
-    run = Run(tmp_path / "none")
+    run = new_run(tmp_path / "none")
     run.facts["step"] = 29
     assert run.learning_rate() == pytest.approx(run.facts["lr"] / 10)
     run.facts["step"] = 10**6

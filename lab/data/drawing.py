@@ -82,9 +82,9 @@ def add_noise(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    """What the image processor makes of a square picture: (3, 96, 96), values in -1 to 1."""
-    small = image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+def pixels(image: Image.Image, side: int = CANVAS) -> np.ndarray:
+    """What the image processor makes of a square picture: (3, side, side), values in -1 to 1."""
+    small = image.resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(small, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 

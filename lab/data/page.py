@@ -207,10 +207,19 @@ class Page:
     def polygon(self, points: list[tuple[float, float]], **options):
         self.pen.polygon([(x * self.scale, y * self.scale) for x, y in points], **options)
 
-    def finish(self) -> Picture:
-        """The picture at its size, as a camera or a file format may leave it."""
+    def is_whole(self, matrix: np.ndarray) -> bool:
+        """Whether all items stay in the picture that this view gives."""
+        rows, columns = (np.flatnonzero(self.map.any(axis)) for axis in (1, 0))
+        corners = [(x, y, 1) for x in columns[[0, -1]] for y in rows[[0, -1]]]
+        u, v, w = np.linalg.inv(matrix) @ np.array(corners).T
+        return bool((np.stack([u, v]) >= 0).all() and (np.stack([u, v]) < w * self.side).all())
+
+    def finish(self, whole: bool = False) -> Picture:
+        """The picture at its size, as a camera or a file format may leave it; if `whole`, with all that is on it."""
         rng, image = self.rng, self.image
         matrix = draw_view(rng, self.side)
+        if whole and not self.is_whole(matrix):
+            matrix = np.eye(3)
         if not np.array_equal(matrix, np.eye(3)):
             image = image.transform(
                 image.size,

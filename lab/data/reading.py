@@ -1,0 +1,378 @@
+"""Documents of print and questions about them, for the checkpoint: lines, receipts, tables and bar charts.
+
+Each domain draws a page in any of the fonts and asks about what it shows. Words, names and amounts are open: whatever
+`lab.data.text` makes up. Layouts that are held out: lines on the right or in the middle, dots before prices, rules
+around every cell, a grid behind bars.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lab.data.drawing import Turn, ask_selection, phrase
+from lab.data.fonts import font_files
+from lab.data.page import COLOURS, SIDE, TWENTIETHS, Page
+from lab.data.scenes import draw_size
+from lab.data.text import pick, random_text, random_word
+
+
+class Sheet(NamedTuple):
+    """A finished picture of 192 x 192 pixels, and what it shows."""
+
+    image: Image.Image
+    facts: Any
+
+
+def begin(rng: np.random.Generator, held_out: bool) -> Page:
+    return Page(rng, font_files("held_out" if held_out else "train"))
+
+
+def distinct(rng: np.random.Generator, make, count: int, most: int) -> list[str]:
+    """Texts of at most so many characters, no two alike but for their case."""
+    found: dict[str, str] = {}
+    while len(found) < count:
+        text = make(rng)[:most].strip()
+        if text:
+            found.setdefault(text.lower(), text)
+    return list(found.values())
+
+
+def as_asked(rng: np.random.Generator, name: str) -> str:
+    """A name as people type it: its case does not matter."""
+    return name if rng.random() < 0.6 else name.lower()
+
+
+def absent(rng: np.random.Generator, names: Sequence[str]) -> str:
+    """A word that is none of the names."""
+    taken = {name.lower() for name in names}
+    return next(word for word in iter(lambda: random_word(rng), None) if word.lower() not in taken)
+
+
+def shrink_to_fit(page: Page, size: float, fits) -> float:
+    """The size, or the first smaller one that fits; at least 7 pixels."""
+    while size > 7 and not fits(size):
+        size *= 0.94
+    return size
+
+
+class Lines:
+    """One to seven lines of at most 24 characters; the facts are the lines."""
+
+    TRANSCRIBE = ("Transcribe the image.", "Read the text.", "What is written here?", "What does the image say?")
+    FIRST = ("What does the first line say?", "Read the first line.", "What is in line 1?")
+    LAST = ("What does the last line say?", "Read the last line.")
+    NUMBER = ("What does line {number} say?", "Read line {number}.", "What is in line {number}?")
+    COUNT = ("How many lines are there?", "How many lines of text are there?")
+    QUESTION_TYPES = ("transcribe", "first", "last", "number", "count")
+
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
+        page, margin = begin(rng, held_out), rng.uniform(3, 12)
+        lines = [random_text(rng, int(rng.integers(2, 25))) for _ in range(rng.integers(1, 8))]
+        leading = rng.uniform(1.15, 1.6)
+
+        def fits(size):
+            widest = max(page.width(line, size) for line in lines)
+            return widest <= SIDE - 2 * margin and len(lines) * size * leading <= SIDE - 2 * margin
+
+        size = shrink_to_fit(page, draw_size(rng, 10, 44 if len(lines) < 3 else 24), fits)
+        base = rng.uniform(margin, max(margin, SIDE - margin - len(lines) * size * leading)) + size
+        align = rng.choice((0.5, 1)) if held_out else 0
+        for number, line in enumerate(lines, 1):
+            space = SIDE - 2 * margin - page.width(line, size)
+            page.text(margin + max(space, 0) * align, base, line, size, number)
+            base += size * leading
+        return Sheet(page.finish(whole=True).image, lines)
+
+    def ask(self, rng: np.random.Generator, lines: list[str], question_type: str) -> Turn:
+        number = int(rng.integers(len(lines)))
+        asked = {
+            "transcribe": (self.TRANSCRIBE, "\n".join(lines)),
+            "first": (self.FIRST, lines[0]),
+            "last": (self.LAST, lines[-1]),
+            "number": (self.NUMBER, lines[number]),
+            "count": (self.COUNT, str(len(lines))),
+        }
+        templates, answer = asked[question_type]
+        return Turn(question_type, phrase(rng, templates, number=number + 1), answer)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """As printed: a heading or "", items with prices in cents, the total or None, and how money is written."""
+
+    heading: str
+    items: tuple[str, ...]
+    prices: tuple[int, ...]
+    total: int | None
+    sign: str
+    mark: str
+
+    def money(self, cents: int) -> str:
+        return f"{self.sign}{cents // 100}{self.mark}{cents % 100:02}" if self.mark else f"{self.sign}{cents // 100}"
+
+
+class Receipts:
+    """Two to seven items with prices, mostly with decimals, a total below them in three of four."""
+
+    TRANSCRIBE = ("Transcribe the image.", "Read the receipt.", "What does the image say?")
+    SELECT = ("List {names}.", "Give the prices of {names}.")
+    PRICE = (
+        "How much is the {item}?",
+        "What does the {item} cost?",
+        "What is the price of the {item}?",
+        "What is the price of {item}?",
+    )
+    TOTAL = ("What is the total?", "How much is the total?", "How much is it in all?")
+    ITEM = ("What costs {price}?", "Which item costs {price}?")
+    CHEAPEST = ("Which is the cheapest?", "Which is cheapest?", "What is the cheapest item?", "Which costs the least?")
+    DEAREST = ("Which is the most expensive?", "What is the most expensive item?", "Which item costs the most?")
+    COUNT = ("How many items are there?", "How many items are on the receipt?")
+    QUESTION_TYPES = ("transcribe", "price", "total", "item", "cheapest", "dearest", "count", "no item")
+
+    def facts(self, rng: np.random.Generator) -> Receipt:
+        count = int(rng.integers(2, 8))
+        name = lambda rng: " ".join(random_word(rng) for _ in range(rng.choice((1, 1, 1, 2))))  # noqa: E731
+        mark, most = str(rng.choice((".", ",", ""), p=(0.75, 0.12, 0.13))), 10 ** rng.uniform(2.2, 5)
+        step = 100 if not mark else 5 if rng.random() < 0.5 else 1
+        steps = max(int(most) // step, 3 * count)
+        prices = tuple(int(i + 1) * step for i in rng.choice(steps, count, replace=False))
+        return Receipt(
+            heading=random_text(rng, int(rng.integers(4, 16))) if rng.random() < 0.4 else "",
+            items=tuple(distinct(rng, name, count, 14)),
+            prices=prices,
+            total=sum(prices) if rng.random() < 0.75 else None,
+            sign="$" if rng.random() < 0.25 else "",
+            mark=mark,
+        )
+
+    def rows(self, receipt: Receipt) -> dict[str, str]:
+        """What is printed in the line of each item."""
+        return {item: f"{item} {receipt.money(price)}" for item, price in zip(receipt.items, receipt.prices)}
+
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
+        page, receipt, margin = begin(rng, held_out), self.facts(rng), rng.uniform(3, 12)
+        rows = [(item, receipt.money(price)) for item, price in zip(receipt.items, receipt.prices)]
+        if receipt.total is not None:
+            rows.append(("Total", receipt.money(receipt.total)))
+        leading, count = rng.uniform(1.15, 1.5), len(rows) + bool(receipt.heading)
+
+        def fits(size):
+            widest = max(page.width(name, size) + page.width(price, size) for name, price in rows) + 8
+            widest = max(widest, page.width(receipt.heading, size))
+            return widest <= SIDE - 2 * margin and (count + 0.4) * size * leading <= SIDE - 2 * margin
+
+        size = shrink_to_fit(page, draw_size(rng, 10, 22), fits)
+        base = rng.uniform(margin, max(margin, SIDE - margin - (count + 0.4) * size * leading)) + size
+        widest = max(page.width(name, size) for name, _ in rows) + max(page.width(price, size) for _, price in rows)
+        right = SIDE - margin if rng.random() < 0.6 else min(SIDE - margin, margin + widest + rng.uniform(8, 60))
+        if receipt.heading:
+            page.text((SIDE - page.width(receipt.heading, size)) / 2, base, receipt.heading, size, 1)
+            base += size * leading
+        for number, (name, price) in enumerate(rows):
+            if receipt.total is not None and number == len(rows) - 1:
+                page.rule(margin, base - 0.9 * size, right, base - 0.9 * size)
+                base += 0.2 * size
+            at = right - page.width(price, size)
+            end = page.text(margin, base, name, size, number + 2)
+            page.text(at, base, price, size, number + 2)
+            if held_out and at - end > 14:
+                page.text(end + 4, base, page.fit("." * 40, size, at - end - 10), size, number + 2)
+            base += size * leading
+        return Sheet(page.finish(whole=True).image, receipt)
+
+    def ask(self, rng: np.random.Generator, receipt: Receipt, question_type: str) -> Turn:
+        number, lines = int(rng.integers(len(receipt.items))), self.rows(receipt)
+        if question_type == "select":
+            return ask_selection(rng, self.SELECT, lines)
+        missing, price = absent(rng, receipt.items), receipt.money(receipt.prices[number])
+        printed, total = [receipt.heading] * bool(receipt.heading) + list(lines.values()), "There is no total."
+        if receipt.total is not None:
+            total = receipt.money(receipt.total)
+            printed.append(f"Total {total}")
+        asked = {
+            "transcribe": (self.TRANSCRIBE, "\n".join(printed)),
+            "price": (self.PRICE, price),
+            "total": (self.TOTAL, total),
+            "item": (self.ITEM, receipt.items[number]),
+            "cheapest": (self.CHEAPEST, receipt.items[int(np.argmin(receipt.prices))]),
+            "dearest": (self.DEAREST, receipt.items[int(np.argmax(receipt.prices))]),
+            "count": (self.COUNT, str(len(receipt.items))),
+            "no item": (self.PRICE, f"There is no {missing.lower()}."),
+        }
+        templates, answer = asked[question_type]
+        item = missing.lower() if question_type == "no item" else as_asked(rng, receipt.items[number])
+        return Turn(question_type, phrase(rng, templates, item=item, price=price), answer)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names of columns and rows, and the numbers as printed, a tuple for each row."""
+
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    numbers: tuple[tuple[str, ...], ...]
+
+
+class Tables:
+    """Two to six rows of one to four numbers, with names above and on the left."""
+
+    TRANSCRIBE = ("Transcribe the image.", "Read the table.", "What does the table say?")
+    SELECT = ("List {names}.", "Read the rows {names}.")
+    CELL = ("What is {column} of {row}?", "What is the {column} of {row}?", "What does {row} have in {column}?")
+    HIGHEST = ("Which has the highest {column}?", "Which row is highest in {column}?")
+    LOWEST = ("Which has the lowest {column}?", "Which row is lowest in {column}?")
+    COUNT = ("How many rows are there?", "How many rows does the table have?")
+    QUESTION_TYPES = ("transcribe", "cell", "highest", "lowest", "count", "no row")
+
+    def facts(self, rng: np.random.Generator) -> Table:
+        rows, columns = int(rng.integers(2, 7)), int(rng.integers(1, 5))
+        names = distinct(rng, random_word, rows + columns, 12 if columns < 3 else 7)
+        numbers = []
+        for _ in range(columns):
+            digits, decimals = 10 ** rng.uniform(1.2, 4), int(rng.choice((0, 0, 1, 2)))
+            values = rng.choice(max(int(digits), 3 * rows), rows, replace=False)
+            numbers.append([f"{value / 10**decimals:.{decimals}f}" for value in values])
+        return Table(tuple(names[rows:]), tuple(names[:rows]), tuple(zip(*numbers)))
+
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
+        page, table, margin = begin(rng, held_out), self.facts(rng), rng.uniform(3, 10)
+        cells, gap, leading = [("", *table.columns)], rng.uniform(5, 12), rng.uniform(1.3, 1.7)
+        cells += [(row, *numbers) for row, numbers in zip(table.rows, table.numbers)]
+
+        def widths(size):
+            return [max(page.width(cell, size) for cell in column) + gap for column in zip(*cells)]
+
+        fits = lambda size: (  # noqa: E731
+            sum(widths(size)) <= SIDE - 2 * margin and len(cells) * size * leading <= SIDE - 2 * margin
+        )
+        size = shrink_to_fit(page, draw_size(rng, 10, 20), fits)
+        step, spread = size * leading, rng.uniform(0, 1)
+        extra = max(SIDE - 2 * margin - sum(widths(size)), 0) * spread / len(cells[0])
+        edges = margin + np.cumsum([0, *(width + extra for width in widths(size))])
+        top = rng.uniform(margin, max(margin, SIDE - margin - len(cells) * step))
+        bottom = top + len(cells) * step
+        for number, row in enumerate(cells):
+            base = top + (number + 0.5) * step + 0.35 * size
+            for column, text in enumerate(row):
+                at = edges[column] + gap / 2 if not column else edges[column + 1] - gap / 2 - page.width(text, size)
+                page.text(at, base, text, size, number + 1)
+        rules = range(len(cells) + 1) if held_out or rng.random() < 0.3 else (1,) if rng.random() < 0.6 else ()
+        for number in rules:
+            page.rule(edges[0], top + number * step, edges[-1], top + number * step, 0.7)
+        for edge in edges if held_out else ():
+            page.rule(edge, top, edge, bottom, 0.7)
+        return Sheet(page.finish(whole=True).image, table)
+
+    def ask(self, rng: np.random.Generator, table: Table, question_type: str) -> Turn:
+        lines = {row: " ".join((row, *numbers)) for row, numbers in zip(table.rows, table.numbers)}
+        if question_type == "select":
+            return ask_selection(rng, self.SELECT, lines)
+        row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
+        values = [float(numbers[column]) for numbers in table.numbers]
+        missing = absent(rng, (*table.rows, *table.columns)).lower()
+        asked = {
+            "transcribe": (self.TRANSCRIBE, "\n".join((" ".join(table.columns), *lines.values()))),
+            "cell": (self.CELL, table.numbers[row][column]),
+            "highest": (self.HIGHEST, table.rows[int(np.argmax(values))]),
+            "lowest": (self.LOWEST, table.rows[int(np.argmin(values))]),
+            "count": (self.COUNT, str(len(table.rows))),
+            "no row": (self.CELL, f"There is no {missing}."),
+        }
+        templates, answer = asked[question_type]
+        names = {
+            "row": missing if question_type == "no row" else as_asked(rng, table.rows[row]),
+            "column": as_asked(rng, table.columns[column]),
+        }
+        return Turn(question_type, phrase(rng, templates, **names), answer)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Names of the bars, and their values as a reader writes them."""
+
+    names: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+class Charts:
+    """Two to six bars, which stand or lie, on an axis of four or five steps; in some the value stands at the bar."""
+
+    TRANSCRIBE = ("Transcribe the image.", "Read the chart.", "List all values.")
+    SELECT = ("Give the values of {names}.", "List {names}.")
+    VALUE = ("What is the value of {name}?", "How high is {name}?", "How much is {name}?")
+    HIGHEST = ("Which is the highest?", "Which is highest?", "Which has the highest value?")
+    LOWEST = ("Which is the lowest?", "Which is lowest?", "Which has the lowest value?")
+    COUNT = ("How many bars are there?", "How many bars does the chart have?")
+    QUESTION_TYPES = ("transcribe", "value", "highest", "lowest", "count", "no bar")
+
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
+        page, count, lying = begin(rng, held_out), int(rng.integers(2, 7)), bool(rng.random() < 0.35)
+        most, ticks = int(pick(rng, (10, 20, 20, 40, 50, 100, 100, 200, 400, 1000))), int(pick(rng, (2, 4, 5)))
+        names = distinct(rng, random_word, count, 11 if lying else 28 // count)
+        twentieths = [int(i) + 1 for i in rng.choice(TWENTIETHS, count, replace=False)]
+        values = [f"{most * i / TWENTIETHS:g}" for i in twentieths]
+        size, colours, at_bar = draw_size(rng, 10, 15), list(COLOURS.values()), bool(rng.random() < 0.35)
+        labels = [f"{most * tick / ticks:g}" for tick in range(ticks + 1)]
+        beside, below = (names, labels) if lying else (labels, names)
+        top, right = rng.uniform(14, 26), SIDE - rng.uniform(12, 22)
+        bottom, step = SIDE - size - rng.uniform(4, 10), 0.0
+        left = 0.0
+
+        def fits(size):
+            nonlocal left, step
+            left = max(page.width(text, size) for text in beside) + 8
+            step = ((bottom - top) if lying else (right - left)) / count
+            room = (right - left) / ticks if lying else step
+            return left < 0.5 * SIDE and max(page.width(text, size) for text in below) <= room - 2
+
+        size = shrink_to_fit(page, size, fits)
+        low, high = (left, right) if lying else (bottom, top)
+        for tick, label in enumerate(labels):
+            at = low + (high - low) * tick / ticks
+            if lying:
+                page.text(at - page.width(label, size) / 2, bottom + size + 1, label, size, 24)
+                page.rule(at, top if held_out else bottom, at, bottom + 2, 0.6)
+            else:
+                page.text(left - 4 - page.width(label, size), at + 0.35 * size, label, size, min(24, tick + 2))
+                page.rule(left - 2, at, right if held_out else left, at, 0.6)
+        one_colour, thickness = pick(rng, colours), step * rng.uniform(0.5, 0.85)
+        is_mixed, start = rng.random() < 0.5, top if lying else left
+        for bar, (name, value, twentieth) in enumerate(zip(names, values, twentieths)):
+            tip, middle = low + (high - low) * twentieth / TWENTIETHS, start + (bar + 0.5) * step
+            across, along = (middle - thickness / 2, middle + thickness / 2), sorted((low, tip))
+            (x0, x1), (y0, y1) = (along, across) if lying else (across, along)
+            page.box(x0, y0, x1, y1, fill=pick(rng, colours) if is_mixed else one_colour)
+            if lying:
+                page.text(left - 4 - page.width(name, size), middle + 0.35 * size, name, size, min(24, bar + 2))
+            else:
+                page.text(middle - page.width(name, size) / 2, bottom + size + 1, name, size, 24)
+            if at_bar and page.width(value, size) <= (SIDE if lying else step):
+                x = tip + 2 if lying else middle - page.width(value, size) / 2
+                page.text(x, middle + 0.35 * size if lying else tip - 2, value, size, min(24, bar + 2))
+        page.rule(left, top, left, bottom)
+        page.rule(left, bottom, right, bottom)
+        return Sheet(page.finish(whole=True).image, Chart(tuple(names), tuple(values)))
+
+    def ask(self, rng: np.random.Generator, chart: Chart, question_type: str) -> Turn:
+        lines = {name: f"{name} {value}" for name, value in zip(chart.names, chart.values)}
+        if question_type == "select":
+            return ask_selection(rng, self.SELECT, lines)
+        bar, values = int(rng.integers(len(chart.names))), [float(value) for value in chart.values]
+        missing = absent(rng, chart.names).lower()
+        asked = {
+            "transcribe": (self.TRANSCRIBE, "\n".join(lines.values())),
+            "value": (self.VALUE, chart.values[bar]),
+            "highest": (self.HIGHEST, chart.names[int(np.argmax(values))]),
+            "lowest": (self.LOWEST, chart.names[int(np.argmin(values))]),
+            "count": (self.COUNT, str(len(chart.names))),
+            "no bar": (self.VALUE, f"There is no {missing}."),
+        }
+        templates, answer = asked[question_type]
+        name = missing if question_type == "no bar" else as_asked(rng, chart.names[bar])
+        return Turn(question_type, phrase(rng, templates, name=name), answer)
+
+
+READING = {"print lines": Lines(), "print receipts": Receipts(), "print tables": Tables(), "print charts": Charts()}

@@ -1,0 +1,140 @@
+"""The checkpoint that reads print: projector, modules and decoder, trained in pieces over the frozen tower.
+
+    python -m lab.train_reader                                   # goes on from the state file, until it is stopped
+    python -m lab.train_reader --decay-steps 3000                # lets the learning rate fall to zero, then ends
+    python -m lab.train_reader --minutes 1 --output lab/runs/reader   # and writes the checkpoint folder
+
+The tower comes from the state file of `lab.train_tower`. Pictures are those of `lab.data.reading` and, for a part, of
+`lab.data.samples`. A letter is a token, and so is a word of the questions, which no answer is limited to.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from lab import train_tower
+from lab.data.drawing import Turn, generator
+from lab.data.labels import PATCH
+from lab.data.page import SIDE
+from lab.data.reading import READING
+from lab.data.samples import DOMAINS, draw_dialogue, draw_sample
+from lab.data.scenes import check_data
+from lab.evaluate import draw_cases, exact_match, measure
+from lab.export_nano import save
+from lab.nano import IMAGE, make_processor
+from lab.pieces import Run, add_options, train
+from lab.train_vlm import Dialogues
+from lab.training import read_config
+from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
+
+
+CONFIG = read_config("reader")
+STATE = Path("lab/reader/state.safetensors")
+MAX_LENGTH = 1024
+DEVELOPMENT_SEED = 41
+
+
+def question_texts() -> Iterator[str]:
+    """The words of all questions, without the names they ask about."""
+    for domain in (*READING.values(), *DOMAINS.values()):
+        owner = vars(domain) or vars(type(domain))
+        for name, templates in owner.items():
+            if name.isupper() and isinstance(templates, tuple) and all(isinstance(text, str) for text in templates):
+                yield from (re.sub(r"{\w+}", "", text) for text in templates)
+
+
+def make_reader_processor() -> LlavaVrProcessor:
+    model = CONFIG["model"]
+    texts = [text for text in question_texts() for _ in range(8)]
+    options = {"side": SIDE, "patch_size": PATCH}
+    processor = make_processor(texts, model["projector_downsample"], model["projector_downsample_choices"], **options)
+    processor.tokenizer.model_max_length = MAX_LENGTH
+    return processor
+
+
+def make_reader(tokenizer: PreTrainedTokenizerFast, tower: Path) -> LlavaVrForConditionalGeneration:
+    """The model, with the tower of a state file, frozen, and all else new."""
+    torch.manual_seed(CONFIG["seed"])
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        **CONFIG["decoder"],
+    )
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    vision = CLIPVisionConfig(**train_tower.TOWER)
+    config = LlavaVrConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, **CONFIG["model"])
+    model = LlavaVrForConditionalGeneration(config)
+    with safe_open(tower, "pt") as file:
+        prefix = "model.tower."
+        weights = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+    model.model.vision_tower.load_state_dict(weights)
+    model.model.vision_tower.requires_grad_(False).eval()
+    for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
+        part.set_attn_implementation("eager")
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, suppress_tokens=[image_token_id]
+    )
+    return model
+
+
+class Reader(nn.Module):
+    """The model, and its loss on a batch of dialogues."""
+
+    def __init__(self, model: LlavaVrForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def loss(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.model(**batch, use_cache=False).loss
+
+
+def draw(index: int) -> tuple[Image.Image, list[Turn]]:
+    """A picture of training and a dialogue about it."""
+    rng, shares, turns = generator(CONFIG["seed"], index), CONFIG["domains"], CONFIG["turns"]
+    name = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
+    if name == "drawn":
+        rng, domain, picture = draw_sample(CONFIG["seed"], index)
+        return picture.image, draw_dialogue(rng, domain, picture, turns)
+    sheet = READING[name].draw(rng)
+    return sheet.image, draw_dialogue(rng, READING[name], sheet, turns)
+
+
+def share_right(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, count: int = 4) -> float:
+    """The mean over the domains of print of what is answered right, in families and layouts held out."""
+    model.eval()
+    right, _ = measure(model, processor, list(draw_cases(DEVELOPMENT_SEED, count, True, tuple(READING))))
+    model.train()
+    return sum(domain["all"] for domain in exact_match(right).values()) / len(READING)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, STATE)
+    parser.add_argument("--tower", type=Path, default=train_tower.STATE, help="state file of the tower")
+    parser.add_argument("--output", type=Path, help="where to write the checkpoint folder when it ends")
+    args = parser.parse_args()
+    check_data(parser)
+    torch.set_num_threads(args.threads)
+    processor = make_reader_processor()
+    model = make_reader(processor.tokenizer, args.tower)
+    run = Run(Reader(model), args.state, CONFIG["seed"], args.batch_size)
+    dialogues = Dialogues(processor, draw, 0)
+    train(run, dialogues, dialogues.collate, partial(share_right, model, processor), args)
+    if args.output:
+        save(model.bfloat16(), processor, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Documents of print and questions about them, and the training of the checkpoint that reads them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.common
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lab import train_reader, train_tower  # noqa: E402
+from lab.data import fonts, page, reading, text  # noqa: E402
+from lab.data.drawing import generator  # noqa: E402
+from lab.data.labels import PATCH  # noqa: E402
+from lab.data.page import SIDE, Page  # noqa: E402
+from lab.data.reading import READING  # noqa: E402
+from lab.pieces import Run  # noqa: E402
+from lab.train_vlm import Dialogues  # noqa: E402
+
+
+FONTS = {family.name: family.files() for family in fonts.list_families() if family.package == "matplotlib"}
+WORDS = tuple(f"{a}{b}" for a in ("sea", "tin", "wood", "corn", "way") for b in ("er", "land", "", "ing"))
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    """A few words and the fonts of matplotlib, so that nothing need be fetched."""
+    monkeypatch.setattr(text, "load_words", lambda: WORDS)
+    monkeypatch.setattr(reading, "font_files", lambda split: FONTS)
+
+
+@pytest.fixture(params=READING)
+def domain(request):
+    return READING[request.param]
+
+
+def ask(domain, seed: int, question_type: str) -> tuple[str, str]:
+    """The answer to a question, and the transcription of the same picture."""
+    rng = generator(seed, 0)
+    facts = domain.draw(rng).facts
+    said = domain.ask(rng, facts, question_type)
+    return said, domain.ask(rng, facts, "transcribe").answer.split("\n")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_sheets_follow_from_the_seed(domain, held_out):
+    first, again, other = (domain.draw(generator(seed, 0), held_out) for seed in (4, 4, 5))
+    assert first.image.tobytes() == again.image.tobytes() and first.facts == again.facts
+    assert first.image.size == (SIDE, SIDE) and first.image.tobytes() != other.image.tobytes()
+
+
+@pytest.mark.parametrize("question_type", ["first", "last", "number", "count"])
+def test_answers_about_lines_are_lines(question_type):
+    for seed in range(20):
+        said, lines = ask(READING["print lines"], seed, question_type)
+        expected = {"first": lines[:1], "last": lines[-1:], "number": lines, "count": [str(len(lines))]}
+        assert said.answer in expected[question_type] and all(len(line) <= 24 for line in lines)
+
+
+def money(printed: str) -> int:
+    return int(printed.replace("$", "").replace(".", "").replace(",", ""))
+
+
+def test_answers_about_receipts_are_in_the_transcription():
+    receipts, seen = READING["print receipts"], set()
+    for seed in range(60):
+        said = {kind: ask(receipts, seed, kind)[0] for kind in receipts.QUESTION_TYPES}
+        lines = ask(receipts, seed, "transcribe")[1]
+        facts = receipts.draw(generator(seed, 0)).facts
+        rows = dict(line.rsplit(" ", 1) for line in lines[bool(facts.heading) :])
+        total = rows.pop("Total", None)
+        prices = {item: money(price) for item, price in rows.items()}
+        assert tuple(prices) == facts.items and said["count"].answer == str(len(rows))
+        assert said["total"].answer == (total or "There is no total.")
+        assert total is None or money(total) == sum(prices.values())
+        assert prices[said["cheapest"].answer] == min(prices.values())
+        assert prices[said["dearest"].answer] == max(prices.values())
+        assert said["price"].answer in rows.values() and rows[said["item"].answer] in said["item"].question
+        missing = said["no item"].answer.removeprefix("There is no ").removesuffix(".")
+        assert missing in said["no item"].question and missing not in {item.lower() for item in rows}
+        seen |= {total is None, bool(facts.heading), facts.mark, facts.sign}
+    assert seen >= {True, False, ".", ",", "", "$"}
+
+
+def test_answers_about_tables_are_in_the_transcription():
+    tables = READING["print tables"]
+    for seed in range(40):
+        table = tables.draw(generator(seed, 0)).facts
+        for kind in ("highest", "lowest"):
+            said = ask(tables, seed, kind)[0]
+            columns = [number for number, name in enumerate(table.columns) if name.lower() in said.question.lower()]
+            best = {"highest": np.argmax, "lowest": np.argmin}[kind]
+            values = np.array(table.numbers, float)
+            assert said.answer in {table.rows[best(values[:, column])] for column in columns}
+        said, lines = ask(tables, seed, "cell")
+        rows = {line.split(" ")[0].lower(): line.split(" ")[1:] for line in lines[1:]}
+        named = [row for row in rows if row in said.question.lower()]
+        assert any(said.answer in rows[row] for row in named)
+        assert all(len(set(column)) == len(column) for column in zip(*table.numbers))
+
+
+def test_answers_about_charts_are_in_the_transcription():
+    charts = READING["print charts"]
+    for seed in range(40):
+        lines = ask(charts, seed, "transcribe")[1]
+        values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+        assert values[ask(charts, seed, "highest")[0].answer] == max(values.values())
+        assert values[ask(charts, seed, "lowest")[0].answer] == min(values.values())
+        said = ask(charts, seed, "value")[0]
+        asked = {value for name, value in values.items() if name.lower() in said.question.lower()}
+        assert float(said.answer) in asked
+
+
+def test_nothing_leaves_a_whole_picture(monkeypatch):
+    """A view that would cut a letter off is not taken; one that does not is."""
+    shift = np.eye(3)
+
+    def found(base: float) -> int:
+        drawn = Page(np.random.default_rng(0), FONTS)
+        monkeypatch.setattr(page, "draw_view", lambda rng, side: shift * [[1, 1, drawn.scale], [1] * 3, [1] * 3])
+        drawn.text(60, base, "W", 20, 1)
+        x, y = np.meshgrid(np.arange(SIDE) + 0.5, np.arange(SIDE) + 0.5)
+        return np.flatnonzero(drawn.finish(whole=True).find_items(x, y).any(0))[0]
+
+    at_first = found(90)
+    shift[0, 2] = -30  # in pixels of the finished picture, to the right
+    assert found(90) == at_first + 30
+    shift[0, 2] = 100  # to the left, out of the picture
+    assert found(90) == at_first
+
+
+def test_any_text_is_spelled_and_questions_are_words():
+    processor = train_reader.make_reader_processor()
+    tokenizer = processor.tokenizer
+    for line in ("Qz#~ 7.25%", "naïve €3", "total TOTAL\nrow 1 of 20"):
+        assert tokenizer.decode(tokenizer.encode(line)) == line
+    assert len(tokenizer) < 500 and len(tokenizer.tokenize("How much is the")) == 4
+    assert not any("{" in text or "}" in text for text in train_reader.question_texts())
+    assert processor.image_layout.num_tokens((50, 70), 2) == (SIDE // PATCH // 2) ** 2
+
+
+def test_a_reader_learns_and_goes_on_where_it_stopped(tmp_path):
+    """Only what is trained is in its state; the tower is that of the tower's state file, and stays."""
+    tower = tmp_path / "tower.safetensors"
+    train_tower.new_run(tower).save()
+    processor = train_reader.make_reader_processor()
+
+    def begin(state):
+        model = train_reader.make_reader(processor.tokenizer, tower)
+        return Run(train_reader.Reader(model), state, train_reader.CONFIG["seed"], batch_size=2)
+
+    data = Dialogues(processor, train_reader.draw, 0)
+    batch = data.collate([data[index] for index in range(2)])
+    run = begin(tmp_path / "reader.safetensors")
+    losses = [run.step(batch) for _ in range(6)]
+    assert losses[-1] < losses[0] and torch.isfinite(torch.tensor(losses)).all()
+    run.save()
+    assert run.file.stat().st_size < 30e6
+    resumed = begin(run.file)
+    assert resumed.facts == run.facts and not any("vision_tower" in name for name in resumed.trained)
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    with pytest.raises(ValueError, match="it is of another model"):
+        train_tower.new_run(run.file)
