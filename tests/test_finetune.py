@@ -283,6 +283,7 @@ def losses(folder) -> list[float]:
 EPOCH = ("--per_device_train_batch_size", 20, "--num_train_epochs", 1, "--logging_steps", 1)
 
 
+@pytest.mark.common
 def test_broken_pictures_do_not_end_a_run(train, llava, tmp_path, capsys):
     rows = json.loads(llava.read_text())
     for i in (5, 50, 150):
@@ -299,6 +300,7 @@ def test_broken_pictures_do_not_end_a_run(train, llava, tmp_path, capsys):
         train(tmp_path / "raised", *EPOCH, "--stage", "projector", **options)
 
 
+@pytest.mark.common
 def test_prepared_data_train_as_their_source(train, llava, package, tmp_path, capsys):
     prepared, options = tmp_path / "prepared", [*EPOCH, "--max_steps", 3, "--hold-out", 20, "--eval_strategy", "steps"]
     train(tmp_path / "no", "--prepare", prepared, "--processes", 2, source=llava)
@@ -333,6 +335,7 @@ def test_the_plain_prompt(train, finetune, llava, package, tmp_path):
         assert set(encoded["input_ids"][~learned].tolist()) == {own.image_token_id}
 
 
+@pytest.mark.common
 def test_a_streamed_run(train, llava, tmp_path, capsys):
     train(tmp_path / "out", *EPOCH, "--streaming", "--max_steps", 12, "--save_steps", 6, source=llava)
     whole = losses(tmp_path / "out")
