@@ -104,8 +104,8 @@ def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: Seque
 
     Args:
         trained: what has just been trained, as of `trained_parts`: the card says so, and takes the place of one that
-            is there, such as PEFT's template. Without it, a model that was loaded, and stands in training mode as
-            Trainer leaves it, is one whose parts with gradients have been trained.
+            is there, such as PEFT's template. Without it, a model that was loaded and has been in training mode
+            since is one whose parts that require gradients have been trained.
     """
     path = Path(folder) / "README.md"
     if not path.parent.is_dir() or (path.exists() and not trained):
@@ -117,7 +117,7 @@ def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: Seque
         base_model = source
     base = base_model or (Path(source).resolve().name if source else "")
     rows = {"base model": f"`{base}`"} if base else {}
-    if base and model.training:
+    if base and getattr(model, "was_in_training", False):
         trained = trained or trained_parts(model)
     if trained:
         rows["trained"] = ", ".join(trained)

@@ -239,6 +239,12 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    was_in_training = False  # whether it has been in training mode since it was made or loaded
+
+    def train(self, mode: bool = True):
+        self.was_in_training |= mode
+        return super().train(mode)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         current = type(self)  # under FSDP2 a class of torch's, whose code would be saved instead of this file
         self.__class__ = next(cls for cls in current.__mro__ if not cls.__module__.startswith("torch."))

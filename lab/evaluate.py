@@ -25,6 +25,9 @@ from lab.data.samples import DOMAINS
 from lab.training import describe_machine
 
 
+MAX_NEW_TOKENS = 256  # the longest answers are transcriptions, and a letter is a token
+
+
 @dataclass(frozen=True)
 class Case:
     """One question about one picture."""
@@ -63,7 +66,7 @@ def encode(
 @torch.inference_mode()
 def answer(model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeature) -> list[str]:
     """The model's answers to a batch of chats."""
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

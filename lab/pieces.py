@@ -127,6 +127,8 @@ def train(
         measure: a figure of the model on held-out pictures, told at every save.
         args: of `add_options`.
     """
+    if run.is_over:
+        return
     if args.decay_steps and not run.facts["decay_steps"]:
         run.facts |= {"decay_from": run.facts["step"], "decay_steps": args.decay_steps}
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")

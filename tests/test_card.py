@@ -57,7 +57,7 @@ def test_a_card_that_is_there_stays(tiny_config, make_model, tmp_path):
     assert rows((tmp_path / "README.md").read_text())["trained"] == "projector"
 
 
-def test_a_model_that_is_saved_in_training_says_what_is_trained(tiny_config, make_model, tmp_path):
+def test_a_model_that_was_in_training_says_what_is_trained(tiny_config, make_model, tmp_path):
     base, plain, tuned = (tmp_path / name for name in ("base", "plain", "tuned"))
     make_model(tiny_config()).save_pretrained(base)
     model = LlavaVrForConditionalGeneration.from_pretrained(base)
@@ -65,7 +65,9 @@ def test_a_model_that_is_saved_in_training_says_what_is_trained(tiny_config, mak
     assert "trained" not in rows((plain / "README.md").read_text())
     model.model.language_model.requires_grad_(False)
     model.lm_head.requires_grad_(False)
-    model.train().save_pretrained(tuned)
+    model.train()
+    model.eval()  # as Trainer leaves it after an evaluation
+    model.save_pretrained(tuned)
     text = (tuned / "README.md").read_text()
     assert "fine-tuned from `base`" in text
     assert rows(text)["trained"] == "vision tower, projector, newline token, Vision Remember modules"

@@ -13,16 +13,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lab import train_reader, train_tower  # noqa: E402
 from lab.data import fonts, page, reading, text  # noqa: E402
-from lab.data.drawing import generator  # noqa: E402
+from lab.data.drawing import Turn, generator  # noqa: E402
 from lab.data.labels import PATCH  # noqa: E402
 from lab.data.page import SIDE, Page  # noqa: E402
 from lab.data.reading import READING  # noqa: E402
+from lab.data.samples import DOMAINS, draw_dialogue  # noqa: E402
+from lab.evaluate import MAX_NEW_TOKENS  # noqa: E402
 from lab.pieces import Run  # noqa: E402
 from lab.train_vlm import Dialogues  # noqa: E402
 
 
 FONTS = {family.name: family.files() for family in fonts.list_families() if family.package == "matplotlib"}
-WORDS = tuple(f"{a}{b}" for a in ("sea", "tin", "wood", "corn", "way") for b in ("er", "land", "", "ing"))
+WORDS = tuple(f"{a}{b}" for a in ("sea", "tin", "wood", "corn", "way") for b in ("er", "land", "s", "ing"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +39,8 @@ def domain(request):
     return READING[request.param]
 
 
-def ask(domain, seed: int, question_type: str) -> tuple[str, str]:
-    """The answer to a question, and the transcription of the same picture."""
+def ask(domain, seed: int, question_type: str) -> tuple[Turn, list[str]]:
+    """A question with its answer, and the lines of the same picture."""
     rng = generator(seed, 0)
     facts = domain.draw(rng).facts
     said = domain.ask(rng, facts, question_type)
@@ -52,12 +54,69 @@ def test_sheets_follow_from_the_seed(domain, held_out):
     assert first.image.size == (SIDE, SIDE) and first.image.tobytes() != other.image.tobytes()
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_print_is_large_enough_for_the_tower_and_on_the_picture(domain, held_out, monkeypatch):
+    sizes, edges, write = [], [], Page.text
+
+    def text(page, x, base, text, size, *others):
+        sizes.append(size)
+        edges.extend((x, SIDE - x - page.width(text, size), base - 0.8 * size, SIDE - base - 0.1 * size))
+        return write(page, x, base, text, size, *others)
+
+    monkeypatch.setattr(Page, "text", text)
+    for seed in range(30):
+        domain.draw(generator(seed, 0), held_out)
+    assert min(sizes) >= 10 and min(edges) > -1
+
+
+def test_bars_stand_out_from_the_paper(monkeypatch):
+    monkeypatch.setattr(page, "draw_colours", lambda rng: ((25, 25, 25), (230, 220, 200)))
+    fills, draw_box = set(), Page.box
+    monkeypatch.setattr(Page, "box", lambda *a, fill, **k: fills.add(fill) or draw_box(*a, fill=fill, **k))
+    for seed in range(20):
+        READING["print charts"].draw(generator(seed, 0))
+    assert fills == {colour for name, colour in page.COLOURS.items() if name != "black"}
+
+
+def test_a_name_is_asked_about_in_any_case_and_is_in_no_other():
+    rng = generator(0, 0)
+    assert {reading.as_asked(rng, "Corn") for _ in range(80)} == {"Corn", "corn", "CORN"}
+    names = iter(["Sea", "seaside", "TOTAL", "tot", " ", "sEa", "corn", "overcast"])
+    assert reading.distinct(rng, lambda rng: next(names), 3, 4) == ["Sea", "corn", "over"]
+
+
+def test_answers_and_dialogues_fit(domain):
+    """What a test may generate, and what the decoder has positions for."""
+    tokenizer = train_reader.make_reader_processor().tokenizer
+    for seed in range(30):
+        rng = generator(seed, 0)
+        document = domain.draw(rng)
+        turns = draw_dialogue(rng, domain, document)
+        answers, questions = (
+            [len(tokenizer.tokenize(getattr(turn, part))) for turn in turns] for part in ("answer", "question")
+        )
+        assert len(tokenizer.tokenize(domain.ask(rng, document.facts, "transcribe").answer)) < MAX_NEW_TOKENS
+        assert 64 + sum(answers) + sum(questions) + 4 * len(turns) < train_reader.MAX_LENGTH
+
+
+def test_training_draws_every_domain(monkeypatch):
+    class Blank:
+        def draw(self, rng):
+            return reading.Document(None, None)
+
+    monkeypatch.setattr(train_reader, "READING", dict.fromkeys(READING, Blank()))
+    monkeypatch.setattr(train_reader, "draw_dialogue", lambda rng, domain, *_: domain)
+    domains = [train_reader.draw(index)[1] for index in range(200)]
+    assert all(domain in domains for domain in DOMAINS.values())
+
+
 @pytest.mark.parametrize("question_type", ["first", "last", "number", "count"])
 def test_answers_about_lines_are_lines(question_type):
     for seed in range(20):
         said, lines = ask(READING["print lines"], seed, question_type)
         expected = {"first": lines[:1], "last": lines[-1:], "number": lines, "count": [str(len(lines))]}
         assert said.answer in expected[question_type] and all(len(line) <= 24 for line in lines)
+        assert all(any(map(str.isalnum, line)) for line in lines)
 
 
 def money(printed: str) -> int:
@@ -80,7 +139,7 @@ def test_answers_about_receipts_are_in_the_transcription():
         assert prices[said["dearest"].answer] == max(prices.values())
         assert said["price"].answer in rows.values() and rows[said["item"].answer] in said["item"].question
         missing = said["no item"].answer.removeprefix("There is no ").removesuffix(".")
-        assert missing in said["no item"].question and missing not in {item.lower() for item in rows}
+        assert missing in said["no item"].question.lower() and missing not in "\n".join(lines).lower()
         seen |= {total is None, bool(facts.heading), facts.mark, facts.sign}
     assert seen >= {True, False, ".", ",", "", "$"}
 
@@ -138,6 +197,8 @@ def test_any_text_is_spelled_and_questions_are_words():
     for line in ("Qz#~ 7.25%", "naïve €3", "total TOTAL\nrow 1 of 20"):
         assert tokenizer.decode(tokenizer.encode(line)) == line
     assert len(tokenizer) < 500 and len(tokenizer.tokenize("How much is the")) == 4
+    assert len(tokenizer.tokenize("what does line")) == len(tokenizer.tokenize("There is no")) == 3
+    assert {len(tokenizer.tokenize(f" {digit}")) for digit in range(10)} == {1}
     assert not any("{" in text or "}" in text for text in train_reader.question_texts())
     assert processor.image_layout.num_tokens((50, 70), 2) == (SIDE // PATCH // 2) ** 2
 

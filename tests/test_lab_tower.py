@@ -22,7 +22,7 @@ from lab import evaluate_tower, train_tower  # noqa: E402
 from lab.data import fonts, page, scenes, sheet, text  # noqa: E402
 from lab.data.labels import COUNTS, GRID, by_row, find_spots, make_labels  # noqa: E402
 from lab.data.page import CLASSES, NUMBERS, SIDE, Page  # noqa: E402
-from lab.pieces import load_batches  # noqa: E402
+from lab.pieces import load_batches, train  # noqa: E402
 from lab.train_tower import Pictures, new_run  # noqa: E402
 
 
@@ -248,6 +248,8 @@ def test_learning_rate_rises_stays_and_falls_once_told(tmp_path):
     assert run.learning_rate() == pytest.approx(run.facts["lr"] / 2) and not run.is_over
     run.facts["step"] += 50
     assert run.learning_rate() == 0 and run.is_over
+    train(run, None, None, None, argparse.Namespace())
+    assert run.facts["step"] == 10**6 + 100 and not run.file.exists()
 
 
 class Oracle:

@@ -196,6 +196,10 @@ class Page:
         points = [value * self.scale for value in (x0, y0, x1, y1)]
         self.pen.line(points, fill=ink or self.ink, width=max(1, round(width * self.scale)))
 
+    def stands_out(self, colour: tuple[int, ...]) -> bool:
+        """Whether what has this colour is seen on the paper."""
+        return max(abs(a - b) for a, b in zip(colour, self.paper)) >= 60
+
     def box(self, left: float, top: float, right: float, bottom: float, shape: str = "rectangle", **options):
         """Draws Pillow's shape of this name; a filled one covers what was there."""
         edges = [round(value * self.scale) for value in (left, top, max(left, right), max(top, bottom))]
@@ -208,7 +212,7 @@ class Page:
         self.pen.polygon([(x * self.scale, y * self.scale) for x, y in points], **options)
 
     def is_whole(self, matrix: np.ndarray) -> bool:
-        """Whether all items stay in the picture that this view gives."""
+        """Whether the part of the items that is on the page stays in the picture that this view gives."""
         rows, columns = (np.flatnonzero(self.map.any(axis)) for axis in (1, 0))
         corners = [(x, y, 1) for x in columns[[0, -1]] for y in rows[[0, -1]]]
         u, v, w = np.linalg.inv(matrix) @ np.array(corners).T

@@ -1,13 +1,15 @@
 """Documents of print and questions about them, for the checkpoint: lines, receipts, tables and bar charts.
 
 Each domain draws a page in any of the fonts and asks about what it shows. Words, names and amounts are open: whatever
-`lab.data.text` makes up. Layouts that are held out: lines on the right or in the middle, dots before prices, rules
-around every cell, a grid behind bars.
+`lab.data.text` makes up. All print has at least the size that the tower was trained on, and no name contains another.
+Layouts that are held out: lines on the right or in the middle, dots before prices, rules around every cell, a grid
+behind bars. The tower has seen such layouts, but no held-out font family.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,7 +21,11 @@ from lab.data.scenes import draw_size
 from lab.data.text import pick, random_text, random_word
 
 
-class Sheet(NamedTuple):
+LEAST_SIZE = 10  # an em in pixels, as in `lab.data.scenes`
+Facts = TypeVar("Facts")
+
+
+class Document(NamedTuple):
     """A finished picture of 192 x 192 pixels, and what it shows."""
 
     image: Image.Image
@@ -30,32 +36,45 @@ def begin(rng: np.random.Generator, held_out: bool) -> Page:
     return Page(rng, font_files("held_out" if held_out else "train"))
 
 
-def distinct(rng: np.random.Generator, make, count: int, most: int) -> list[str]:
-    """Texts of at most so many characters, no two alike but for their case."""
-    found: dict[str, str] = {}
+def distinct(rng: np.random.Generator, make: Callable, count: int, most: int) -> list[str]:
+    """Texts of at most so many characters; none is in another or in "total", whatever their case."""
+    found: list[str] = []
     while len(found) < count:
         text = make(rng)[:most].strip()
-        if text:
-            found.setdefault(text.lower(), text)
-    return list(found.values())
+        if text and not any(contain_each_other(text, other) for other in ("total", *found)):
+            found.append(text)
+    return found
+
+
+def contain_each_other(one: str, other: str) -> bool:
+    one, other = one.lower(), other.lower()
+    return one in other or other in one
 
 
 def as_asked(rng: np.random.Generator, name: str) -> str:
     """A name as people type it: its case does not matter."""
-    return name if rng.random() < 0.6 else name.lower()
+    return pick(rng, (name, name, name, name.lower(), name.lower(), name.capitalize(), name.upper()))
 
 
-def absent(rng: np.random.Generator, names: Sequence[str]) -> str:
-    """A word that is none of the names."""
-    taken = {name.lower() for name in names}
+def absent(rng: np.random.Generator, texts: Sequence[str]) -> str:
+    """A word that is in none of the texts, nor in "total"."""
+    taken = " ".join((*texts, "total")).lower()
     return next(word for word in iter(lambda: random_word(rng), None) if word.lower() not in taken)
 
 
-def shrink_to_fit(page: Page, size: float, fits) -> float:
-    """The size, or the first smaller one that fits; at least 7 pixels."""
-    while size > 7 and not fits(size):
-        size *= 0.94
-    return size
+def draw_fitting(
+    rng: np.random.Generator,
+    draw_facts: Callable[[np.random.Generator], Facts],
+    size: float,
+    fits: Callable[[Facts, float], bool],
+) -> tuple[Facts, float]:
+    """Facts that fit on the page, drawn again until they do, and the largest size that does it, from `size` down."""
+    while True:
+        facts, smaller = draw_facts(rng), size
+        while smaller >= LEAST_SIZE:
+            if fits(facts, smaller):
+                return facts, smaller
+            smaller *= 0.94
 
 
 class Lines:
@@ -68,23 +87,27 @@ class Lines:
     COUNT = ("How many lines are there?", "How many lines of text are there?")
     QUESTION_TYPES = ("transcribe", "first", "last", "number", "count")
 
-    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
-        page, margin = begin(rng, held_out), rng.uniform(3, 12)
-        lines = [random_text(rng, int(rng.integers(2, 25))) for _ in range(rng.integers(1, 8))]
-        leading = rng.uniform(1.15, 1.6)
+    def facts(self, rng: np.random.Generator) -> list[str]:
+        """None is of signs alone: '' and " look the same in print."""
+        lines = (random_text(rng, int(rng.integers(2, 25))) for _ in iter(int, None))
+        with_letters = (line for line in lines if any(map(str.isalnum, line)))
+        return list(islice(with_letters, int(rng.integers(1, 8))))
 
-        def fits(size):
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Document:
+        page, margin, leading = begin(rng, held_out), rng.uniform(3, 12), rng.uniform(1.15, 1.6)
+
+        def fits(lines, size):
             widest = max(page.width(line, size) for line in lines)
             return widest <= SIDE - 2 * margin and len(lines) * size * leading <= SIDE - 2 * margin
 
-        size = shrink_to_fit(page, draw_size(rng, 10, 44 if len(lines) < 3 else 24), fits)
+        lines, size = draw_fitting(rng, self.facts, draw_size(rng, LEAST_SIZE, pick(rng, (24, 24, 44))), fits)
         base = rng.uniform(margin, max(margin, SIDE - margin - len(lines) * size * leading)) + size
         align = rng.choice((0.5, 1)) if held_out else 0
         for number, line in enumerate(lines, 1):
             space = SIDE - 2 * margin - page.width(line, size)
             page.text(margin + max(space, 0) * align, base, line, size, number)
             base += size * leading
-        return Sheet(page.finish(whole=True).image, lines)
+        return Document(page.finish(whole=True).image, lines)
 
     def ask(self, rng: np.random.Generator, lines: list[str], question_type: str) -> Turn:
         number = int(rng.integers(len(lines)))
@@ -113,6 +136,12 @@ class Receipt:
     def money(self, cents: int) -> str:
         return f"{self.sign}{cents // 100}{self.mark}{cents % 100:02}" if self.mark else f"{self.sign}{cents // 100}"
 
+    @property
+    def rows(self) -> dict[str, str]:
+        """The names on the left and the amounts on the right, as printed."""
+        rows = {item: self.money(price) for item, price in zip(self.items, self.prices)}
+        return rows if self.total is None else rows | {"Total": self.money(self.total)}
+
 
 class Receipts:
     """Two to seven items with prices, mostly with decimals, a total below them in three of four."""
@@ -124,8 +153,10 @@ class Receipts:
         "What does the {item} cost?",
         "What is the price of the {item}?",
         "What is the price of {item}?",
+        "How much does the {item} cost?",
+        "Price of {item}?",
     )
-    TOTAL = ("What is the total?", "How much is the total?", "How much is it in all?")
+    TOTAL = ("What is the total?", "How much is the total?", "What is the total price?", "How much is it in total?")
     ITEM = ("What costs {price}?", "Which item costs {price}?")
     CHEAPEST = ("Which is the cheapest?", "Which is cheapest?", "What is the cheapest item?", "Which costs the least?")
     DEAREST = ("Which is the most expensive?", "What is the most expensive item?", "Which item costs the most?")
@@ -148,26 +179,23 @@ class Receipts:
             mark=mark,
         )
 
-    def rows(self, receipt: Receipt) -> dict[str, str]:
-        """What is printed in the line of each item."""
-        return {item: f"{item} {receipt.money(price)}" for item, price in zip(receipt.items, receipt.prices)}
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Document:
+        page, margin, leading = begin(rng, held_out), rng.uniform(3, 12), rng.uniform(1.15, 1.5)
 
-    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
-        page, receipt, margin = begin(rng, held_out), self.facts(rng), rng.uniform(3, 12)
-        rows = [(item, receipt.money(price)) for item, price in zip(receipt.items, receipt.prices)]
-        if receipt.total is not None:
-            rows.append(("Total", receipt.money(receipt.total)))
-        leading, count = rng.uniform(1.15, 1.5), len(rows) + bool(receipt.heading)
+        def height(receipt, size):
+            return (len(receipt.rows) + bool(receipt.heading) + 0.4) * size * leading
 
-        def fits(size):
-            widest = max(page.width(name, size) + page.width(price, size) for name, price in rows) + 8
+        def fits(receipt, size):
+            widest = max(page.width(name, size) + page.width(price, size) + 8 for name, price in receipt.rows.items())
             widest = max(widest, page.width(receipt.heading, size))
-            return widest <= SIDE - 2 * margin and (count + 0.4) * size * leading <= SIDE - 2 * margin
+            return widest <= SIDE - 2 * margin and height(receipt, size) <= SIDE - 2 * margin
 
-        size = shrink_to_fit(page, draw_size(rng, 10, 22), fits)
-        base = rng.uniform(margin, max(margin, SIDE - margin - (count + 0.4) * size * leading)) + size
+        receipt, size = draw_fitting(rng, self.facts, draw_size(rng, LEAST_SIZE, 22), fits)
+        rows = list(receipt.rows.items())
+        base = rng.uniform(margin, SIDE - margin - height(receipt, size)) + size
         widest = max(page.width(name, size) for name, _ in rows) + max(page.width(price, size) for _, price in rows)
-        right = SIDE - margin if rng.random() < 0.6 else min(SIDE - margin, margin + widest + rng.uniform(8, 60))
+        is_wide = held_out or rng.random() < 0.6
+        right = SIDE - margin if is_wide else min(SIDE - margin, margin + widest + rng.uniform(8, 60))
         if receipt.heading:
             page.text((SIDE - page.width(receipt.heading, size)) / 2, base, receipt.heading, size, 1)
             base += size * leading
@@ -181,21 +209,23 @@ class Receipts:
             if held_out and at - end > 14:
                 page.text(end + 4, base, page.fit("." * 40, size, at - end - 10), size, number + 2)
             base += size * leading
-        return Sheet(page.finish(whole=True).image, receipt)
+        return Document(page.finish(whole=True).image, receipt)
 
     def ask(self, rng: np.random.Generator, receipt: Receipt, question_type: str) -> Turn:
-        number, lines = int(rng.integers(len(receipt.items))), self.rows(receipt)
+        number, lines = (
+            int(rng.integers(len(receipt.items))),
+            {name: f"{name} {price}" for name, price in receipt.rows.items()},
+        )
         if question_type == "select":
-            return ask_selection(rng, self.SELECT, lines)
-        missing, price = absent(rng, receipt.items), receipt.money(receipt.prices[number])
-        printed, total = [receipt.heading] * bool(receipt.heading) + list(lines.values()), "There is no total."
-        if receipt.total is not None:
-            total = receipt.money(receipt.total)
-            printed.append(f"Total {total}")
+            return ask_selection(rng, self.SELECT, {item: lines[item] for item in receipt.items})
+        missing, price = absent(rng, (*receipt.items, receipt.heading)), receipt.rows[receipt.items[number]]
         asked = {
-            "transcribe": (self.TRANSCRIBE, "\n".join(printed)),
+            "transcribe": (
+                self.TRANSCRIBE,
+                "\n".join([receipt.heading] * bool(receipt.heading) + list(lines.values())),
+            ),
             "price": (self.PRICE, price),
-            "total": (self.TOTAL, total),
+            "total": (self.TOTAL, receipt.rows.get("Total", "There is no total.")),
             "item": (self.ITEM, receipt.items[number]),
             "cheapest": (self.CHEAPEST, receipt.items[int(np.argmin(receipt.prices))]),
             "dearest": (self.DEAREST, receipt.items[int(np.argmax(receipt.prices))]),
@@ -203,7 +233,7 @@ class Receipts:
             "no item": (self.PRICE, f"There is no {missing.lower()}."),
         }
         templates, answer = asked[question_type]
-        item = missing.lower() if question_type == "no item" else as_asked(rng, receipt.items[number])
+        item = as_asked(rng, missing if question_type == "no item" else receipt.items[number])
         return Turn(question_type, phrase(rng, templates, item=item, price=price), answer)
 
 
@@ -215,17 +245,27 @@ class Table:
     rows: tuple[str, ...]
     numbers: tuple[tuple[str, ...], ...]
 
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """Row by row, names included."""
+        return [("", *self.columns), *((row, *numbers) for row, numbers in zip(self.rows, self.numbers))]
+
 
 class Tables:
     """Two to six rows of one to four numbers, with names above and on the left."""
 
     TRANSCRIBE = ("Transcribe the image.", "Read the table.", "What does the table say?")
     SELECT = ("List {names}.", "Read the rows {names}.")
-    CELL = ("What is {column} of {row}?", "What is the {column} of {row}?", "What does {row} have in {column}?")
+    CELL = (
+        "What is {column} of {row}?",
+        "What is the {column} of {row}?",
+        "What is the {column} for {row}?",
+        "What is in row {row}, column {column}?",
+    )
     HIGHEST = ("Which has the highest {column}?", "Which row is highest in {column}?")
     LOWEST = ("Which has the lowest {column}?", "Which row is lowest in {column}?")
     COUNT = ("How many rows are there?", "How many rows does the table have?")
-    QUESTION_TYPES = ("transcribe", "cell", "highest", "lowest", "count", "no row")
+    QUESTION_TYPES = ("transcribe", "cell", "highest", "lowest", "count", "no row", "no column")
 
     def facts(self, rng: np.random.Generator) -> Table:
         rows, columns = int(rng.integers(2, 7)), int(rng.integers(1, 5))
@@ -237,22 +277,21 @@ class Tables:
             numbers.append([f"{value / 10**decimals:.{decimals}f}" for value in values])
         return Table(tuple(names[rows:]), tuple(names[:rows]), tuple(zip(*numbers)))
 
-    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
-        page, table, margin = begin(rng, held_out), self.facts(rng), rng.uniform(3, 10)
-        cells, gap, leading = [("", *table.columns)], rng.uniform(5, 12), rng.uniform(1.3, 1.7)
-        cells += [(row, *numbers) for row, numbers in zip(table.rows, table.numbers)]
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Document:
+        page, margin = begin(rng, held_out), rng.uniform(3, 10)
+        gap, leading = rng.uniform(5, 12), rng.uniform(1.3, 1.7)
 
-        def widths(size):
-            return [max(page.width(cell, size) for cell in column) + gap for column in zip(*cells)]
+        def widths(table, size):
+            return [max(page.width(cell, size) for cell in column) + gap for column in zip(*table.cells)]
 
-        fits = lambda size: (  # noqa: E731
-            sum(widths(size)) <= SIDE - 2 * margin and len(cells) * size * leading <= SIDE - 2 * margin
-        )
-        size = shrink_to_fit(page, draw_size(rng, 10, 20), fits)
-        step, spread = size * leading, rng.uniform(0, 1)
-        extra = max(SIDE - 2 * margin - sum(widths(size)), 0) * spread / len(cells[0])
-        edges = margin + np.cumsum([0, *(width + extra for width in widths(size))])
-        top = rng.uniform(margin, max(margin, SIDE - margin - len(cells) * step))
+        def fits(table, size):
+            return max(sum(widths(table, size)), len(table.cells) * size * leading) <= SIDE - 2 * margin
+
+        table, size = draw_fitting(rng, self.facts, draw_size(rng, LEAST_SIZE, 20), fits)
+        cells, step, inner = table.cells, size * leading, widths(table, size)
+        extra = (SIDE - 2 * margin - sum(inner)) * rng.uniform(0, 1) / len(inner)
+        edges = margin + np.cumsum([0, *(width + extra for width in inner)])
+        top = rng.uniform(margin, SIDE - margin - len(cells) * step)
         bottom = top + len(cells) * step
         for number, row in enumerate(cells):
             base = top + (number + 0.5) * step + 0.35 * size
@@ -264,7 +303,7 @@ class Tables:
             page.rule(edges[0], top + number * step, edges[-1], top + number * step, 0.7)
         for edge in edges if held_out else ():
             page.rule(edge, top, edge, bottom, 0.7)
-        return Sheet(page.finish(whole=True).image, table)
+        return Document(page.finish(whole=True).image, table)
 
     def ask(self, rng: np.random.Generator, table: Table, question_type: str) -> Turn:
         lines = {row: " ".join((row, *numbers)) for row, numbers in zip(table.rows, table.numbers)}
@@ -272,33 +311,45 @@ class Tables:
             return ask_selection(rng, self.SELECT, lines)
         row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
         values = [float(numbers[column]) for numbers in table.numbers]
-        missing = absent(rng, (*table.rows, *table.columns)).lower()
+        missing = absent(rng, (*table.rows, *table.columns))
         asked = {
             "transcribe": (self.TRANSCRIBE, "\n".join((" ".join(table.columns), *lines.values()))),
             "cell": (self.CELL, table.numbers[row][column]),
             "highest": (self.HIGHEST, table.rows[int(np.argmax(values))]),
             "lowest": (self.LOWEST, table.rows[int(np.argmin(values))]),
             "count": (self.COUNT, str(len(table.rows))),
-            "no row": (self.CELL, f"There is no {missing}."),
+            "no row": (self.CELL, f"There is no {missing.lower()}."),
+            "no column": (self.CELL, f"There is no {missing.lower()}."),
         }
         templates, answer = asked[question_type]
-        names = {
-            "row": missing if question_type == "no row" else as_asked(rng, table.rows[row]),
-            "column": as_asked(rng, table.columns[column]),
-        }
-        return Turn(question_type, phrase(rng, templates, **names), answer)
+        names = {"row": table.rows[row], "column": table.columns[column]}
+        if question_type in ("no row", "no column"):
+            names[question_type.removeprefix("no ")] = missing
+        return Turn(question_type, phrase(rng, templates, **{k: as_asked(rng, v) for k, v in names.items()}), answer)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Names of the bars, and their values as a reader writes them."""
+    """Names of the bars, their ends in twentieths of the axis, the number at its end, and how many steps it has."""
 
     names: tuple[str, ...]
-    values: tuple[str, ...]
+    twentieths: tuple[int, ...]
+    most: int
+    ticks: int
+
+    @property
+    def values(self) -> list[str]:
+        """As a reader writes them."""
+        return [f"{self.most * i / TWENTIETHS:g}" for i in self.twentieths]
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the axis, from zero."""
+        return [f"{self.most * tick / self.ticks:g}" for tick in range(self.ticks + 1)]
 
 
 class Charts:
-    """Two to six bars, which stand or lie, on an axis of four or five steps; in some the value stands at the bar."""
+    """Two to six bars, standing or lying, on an axis of two, four or five steps; in some the value is at the bar."""
 
     TRANSCRIBE = ("Transcribe the image.", "Read the chart.", "List all values.")
     SELECT = ("Give the values of {names}.", "List {names}.")
@@ -308,39 +359,50 @@ class Charts:
     COUNT = ("How many bars are there?", "How many bars does the chart have?")
     QUESTION_TYPES = ("transcribe", "value", "highest", "lowest", "count", "no bar")
 
-    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Sheet:
-        page, count, lying = begin(rng, held_out), int(rng.integers(2, 7)), bool(rng.random() < 0.35)
-        most, ticks = int(pick(rng, (10, 20, 20, 40, 50, 100, 100, 200, 400, 1000))), int(pick(rng, (2, 4, 5)))
-        names = distinct(rng, random_word, count, 11 if lying else 28 // count)
-        twentieths = [int(i) + 1 for i in rng.choice(TWENTIETHS, count, replace=False)]
-        values = [f"{most * i / TWENTIETHS:g}" for i in twentieths]
-        size, colours, at_bar = draw_size(rng, 10, 15), list(COLOURS.values()), bool(rng.random() < 0.35)
-        labels = [f"{most * tick / ticks:g}" for tick in range(ticks + 1)]
-        beside, below = (names, labels) if lying else (labels, names)
-        top, right = rng.uniform(14, 26), SIDE - rng.uniform(12, 22)
-        bottom, step = SIDE - size - rng.uniform(4, 10), 0.0
-        left = 0.0
+    def facts(self, rng: np.random.Generator, lying: bool) -> Chart:
+        count = int(rng.integers(2, 7))
+        return Chart(
+            names=tuple(distinct(rng, random_word, count, 11 if lying else 28 // count)),
+            twentieths=tuple(int(i) + 1 for i in rng.choice(TWENTIETHS, count, replace=False)),
+            most=pick(rng, (10, 20, 20, 40, 50, 100, 100, 200, 400, 1000)),
+            ticks=pick(rng, (2, 4, 5)),
+        )
 
-        def fits(size):
-            nonlocal left, step
-            left = max(page.width(text, size) for text in beside) + 8
-            step = ((bottom - top) if lying else (right - left)) / count
-            room = (right - left) / ticks if lying else step
-            return left < 0.5 * SIDE and max(page.width(text, size) for text in below) <= room - 2
+    def draw(self, rng: np.random.Generator, held_out: bool = False) -> Document:
+        page, lying, at_bar = begin(rng, held_out), bool(rng.random() < 0.35), bool(rng.random() < 0.35)
+        top, right, gap = rng.uniform(14, 26), SIDE - rng.uniform(12, 22) - 18 * (lying and at_bar), rng.uniform(4, 10)
 
-        size = shrink_to_fit(page, size, fits)
+        def widest(texts, size):
+            return max(page.width(text, size) for text in texts)
+
+        def left_of(chart, size):
+            return widest(chart.names if lying else chart.labels, size) + 8
+
+        def fits(chart, size):
+            left, (count, texts) = left_of(chart, size), (len(chart.names), chart.names)
+            if lying:
+                count, texts = chart.ticks, chart.labels
+            step = (right - left) / count
+            room = SIDE - right - 4 if lying else step
+            is_free = not at_bar or widest(chart.values, size) <= room
+            return left < 0.4 * SIDE and widest(texts, size) <= step - 2 and is_free
+
+        chart, size = draw_fitting(rng, lambda rng: self.facts(rng, lying), draw_size(rng, LEAST_SIZE, 15), fits)
+        left, bottom = left_of(chart, size), SIDE - size - gap
+        step = ((bottom - top) if lying else (right - left)) / len(chart.names)
         low, high = (left, right) if lying else (bottom, top)
-        for tick, label in enumerate(labels):
-            at = low + (high - low) * tick / ticks
+        for tick, label in enumerate(chart.labels):
+            at = low + (high - low) * tick / chart.ticks
             if lying:
                 page.text(at - page.width(label, size) / 2, bottom + size + 1, label, size, 24)
                 page.rule(at, top if held_out else bottom, at, bottom + 2, 0.6)
             else:
                 page.text(left - 4 - page.width(label, size), at + 0.35 * size, label, size, min(24, tick + 2))
                 page.rule(left - 2, at, right if held_out else left, at, 0.6)
+        colours = [colour for colour in COLOURS.values() if page.stands_out(colour)]
         one_colour, thickness = pick(rng, colours), step * rng.uniform(0.5, 0.85)
         is_mixed, start = rng.random() < 0.5, top if lying else left
-        for bar, (name, value, twentieth) in enumerate(zip(names, values, twentieths)):
+        for bar, (name, value, twentieth) in enumerate(zip(chart.names, chart.values, chart.twentieths)):
             tip, middle = low + (high - low) * twentieth / TWENTIETHS, start + (bar + 0.5) * step
             across, along = (middle - thickness / 2, middle + thickness / 2), sorted((low, tip))
             (x0, x1), (y0, y1) = (along, across) if lying else (across, along)
@@ -349,29 +411,29 @@ class Charts:
                 page.text(left - 4 - page.width(name, size), middle + 0.35 * size, name, size, min(24, bar + 2))
             else:
                 page.text(middle - page.width(name, size) / 2, bottom + size + 1, name, size, 24)
-            if at_bar and page.width(value, size) <= (SIDE if lying else step):
+            if at_bar:
                 x = tip + 2 if lying else middle - page.width(value, size) / 2
                 page.text(x, middle + 0.35 * size if lying else tip - 2, value, size, min(24, bar + 2))
         page.rule(left, top, left, bottom)
         page.rule(left, bottom, right, bottom)
-        return Sheet(page.finish(whole=True).image, Chart(tuple(names), tuple(values)))
+        return Document(page.finish(whole=True).image, chart)
 
     def ask(self, rng: np.random.Generator, chart: Chart, question_type: str) -> Turn:
         lines = {name: f"{name} {value}" for name, value in zip(chart.names, chart.values)}
         if question_type == "select":
             return ask_selection(rng, self.SELECT, lines)
         bar, values = int(rng.integers(len(chart.names))), [float(value) for value in chart.values]
-        missing = absent(rng, chart.names).lower()
+        missing = absent(rng, chart.names)
         asked = {
             "transcribe": (self.TRANSCRIBE, "\n".join(lines.values())),
             "value": (self.VALUE, chart.values[bar]),
             "highest": (self.HIGHEST, chart.names[int(np.argmax(values))]),
             "lowest": (self.LOWEST, chart.names[int(np.argmin(values))]),
             "count": (self.COUNT, str(len(chart.names))),
-            "no bar": (self.VALUE, f"There is no {missing}."),
+            "no bar": (self.VALUE, f"There is no {missing.lower()}."),
         }
         templates, answer = asked[question_type]
-        name = missing if question_type == "no bar" else as_asked(rng, chart.names[bar])
+        name = as_asked(rng, missing if question_type == "no bar" else chart.names[bar])
         return Turn(question_type, phrase(rng, templates, name=name), answer)
 
 

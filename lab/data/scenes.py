@@ -183,7 +183,7 @@ def shapes(page: Page) -> None:
             continue
         place += 1
         colour, shape = pick(rng, list(COLOURS)), pick(rng, SHAPES)
-        if max(abs(a - b) for a, b in zip(COLOURS[colour], page.paper)) < 60:
+        if not page.stands_out(COLOURS[colour]):
             continue
         radius = step * rng.uniform(0.18, 0.42)
         x = (cell % cells + 0.5) * step + rng.uniform(-1, 1) * (step / 2 - radius)
