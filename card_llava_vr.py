@@ -129,6 +129,24 @@ def write_card(folder: str | os.PathLike, model: PreTrainedModel, trained: Seque
     )
 
 
+class CardMixin:
+    """A model that writes a card into the folder that it is saved to.
+
+    Attributes:
+        was_in_training: whether it has been in training mode since it was made or loaded.
+    """
+
+    was_in_training = False
+
+    def train(self, mode: bool = True):
+        self.was_in_training |= mode
+        return super().train(mode)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_card(save_directory, self)
+
+
 def trained_parts(model: PreTrainedModel) -> list[str]:
     """The parts of a model that require gradients, in words; those of LoRA alone are marked."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -146,4 +164,4 @@ def _license(card: Path) -> str | None:
     return found and found[1]
 
 
-__all__ = ["make_card", "trained_parts", "write_card"]
+__all__ = ["CardMixin", "make_card", "trained_parts", "write_card"]

@@ -28,7 +28,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .card_llava_vr import write_card
+from .card_llava_vr import CardMixin
 from .configuration_llava_vr import LlavaVrConfig
 from .layout_llava_vr import ImageLayout, cut_windows, to_grid
 from .projectors_llava_vr import PROJECTORS, CAbstractorProjector, ResamplerProjector
@@ -174,7 +174,7 @@ class LlavaVrCausalLMOutputWithPast(CausalLMOutputWithPast):
     remember_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class LlavaVrPreTrainedModel(PreTrainedModel):
+class LlavaVrPreTrainedModel(CardMixin, PreTrainedModel):
     config_class = LlavaVrConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -239,12 +239,6 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    was_in_training = False  # whether it has been in training mode since it was made or loaded
-
-    def train(self, mode: bool = True):
-        self.was_in_training |= mode
-        return super().train(mode)
-
     def save_pretrained(self, save_directory, *args, **kwargs):
         current = type(self)  # under FSDP2 a class of torch's, whose code would be saved instead of this file
         self.__class__ = next(cls for cls in current.__mro__ if not cls.__module__.startswith("torch."))
@@ -252,7 +246,6 @@ class LlavaVrPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = current
-        write_card(save_directory, self)
 
 
 class LlavaVrModel(LlavaVrPreTrainedModel):
