@@ -4,12 +4,14 @@
     python -m lab.evaluate --model . --n 200 --seed 99 --downsample 2                 # with more image tokens
     python -m lab.evaluate --model . --n 1000 --seed 99 --domains receipt --seen  # those of training
 
-One question of each type is asked about every picture. An answer counts only if it is an exact match.
+One question of each type is asked about every picture. An answer counts only if it is an exact match; of transcriptions
+the share of right characters (1 - CER) is told as well.
 """
 
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +108,26 @@ def exact_match(right: dict[str, dict[str, str]]) -> dict[str, dict[str, float]]
     return {domain: {**by_type, "all": sum(by_type.values()) / len(by_type)} for domain, by_type in shares.items()}
 
 
+def edit_distance(said: str, meant: str) -> int:
+    """Characters to put in, leave out or change (Levenshtein)."""
+    row = list(range(len(meant) + 1))
+    for i, character in enumerate(said, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(meant, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (character != other))
+    return row[-1]
+
+
+def characters_right(cases: Sequence[Case], misses: Sequence[tuple[Case, str]]) -> dict[str, float]:
+    """1 - CER of the transcriptions of each domain: edits that the wrong ones need, over all characters."""
+    characters, edits = Counter(), Counter()
+    for case in cases:
+        characters[case.domain] += len(case.turn.answer) * (case.turn.question_type == "transcribe")
+    for case, said in misses:
+        edits[case.domain] += edit_distance(said, case.turn.answer) * (case.turn.question_type == "transcribe")
+    return {domain: 1 - edits[domain] / count for domain, count in characters.items() if count}
+
+
 @torch.inference_mode()
 def attention_on_vision(model: PreTrainedModel, processor: ProcessorMixin, cases: list[Case]) -> list[float]:
     """For each decoder layer, the share of attention that the last token of the question pays to the vision tokens."""
@@ -137,6 +159,7 @@ def main() -> None:
     right, misses = measure(model, processor, cases, args.batch_size, downsample=args.downsample)
     result = {
         "exact": exact_match(right),
+        "characters": characters_right(cases, misses),
         "pictures": args.n,
         "seed": args.seed,
         "downsample": args.downsample or processor.projector_downsample,

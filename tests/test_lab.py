@@ -25,7 +25,16 @@ from lab.data import charts, ocr, receipts, shapes, tables  # noqa: E402
 from lab.data.dense_labels import CANVAS, COLOURS, LABEL_TYPES, PLANES, Labels  # noqa: E402
 from lab.data.drawing import FONTS, HELD_OUT_FONTS, Canvas, Turn, generator  # noqa: E402
 from lab.data.samples import DOMAINS, SHARES, draw_dialogue, draw_sample  # noqa: E402
-from lab.evaluate import answer, attention_on_vision, draw_cases, encode, exact_match  # noqa: E402
+from lab.evaluate import (  # noqa: E402
+    Case,
+    answer,
+    attention_on_vision,
+    characters_right,
+    draw_cases,
+    edit_distance,
+    encode,
+    exact_match,
+)
 from lab.experiments import (  # noqa: E402
     ALL_EXPERIMENTS,
     BASELINES,
@@ -496,6 +505,22 @@ def test_exact_match_and_difference_count_by_hand():
 def scored(right: int) -> Score:
     """Right in this many of 20 pictures of each domain."""
     return Score([{"right": {"seen": dict.fromkeys(DOMAINS, {"line": "1" * right + "0" * (20 - right)})}}])
+
+
+@pytest.mark.parametrize(
+    "said, meant, edits", [("", "", 0), ("tea", "", 3), ("", "tea", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)]
+)
+def test_edit_distance_counts_by_hand(said, meant, edits):
+    assert edit_distance(said, meant) == edit_distance(meant, said) == edits
+
+
+def test_characters_right_are_those_of_transcriptions():
+    def case(domain, question_type, answer):
+        return Case(domain, None, Turn(question_type, "", answer))
+
+    wrong, lookup = case("ocr", "transcribe", "tea 42"), case("ocr", "line", "tea")
+    cases = [wrong, case("ocr", "transcribe", "milk"), lookup, case("shapes", "count", "2")]
+    assert characters_right(cases, [(wrong, "ten 4"), (lookup, "x")]) == {"ocr": pytest.approx(1 - 2 / 10)}
 
 
 def test_targets_are_met_or_not():
