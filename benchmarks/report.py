@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,11 @@ def training(stage: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda result: next((run["time_ratio"] for run in result["stages"] if run["stage"] == stage), None)
 
 
+def serving(load: str, result: dict[str, Any]) -> list[float] | None:
+    found = result["loads"].get(load)
+    return found and found["times"]["generate"]["ours_over"]
+
+
 MODULE, TRAINING = (dict.fromkeys(DEVICES, file) for file in ("module", "training"))
 OF_2B = {"cpu": "prefill-2b", "cuda": "prefill"}
 FIGURES = [
@@ -222,9 +228,10 @@ FIGURES = [
             f"64 requests, {load}: vLLM, compiled, over `generate` in one batch",
             1 / 1.3,
             dict.fromkeys(DEVICES, "serving"),
-            lambda result, load=load: result["times"][load]["generate"]["ours_over"],
+            partial(serving, load),
         )
-        for load in SERVING_LOADS
+        for loads in SERVING_LOADS.values()
+        for load in loads
     ),
 ]
 
