@@ -46,7 +46,7 @@ COMMANDS = {
     "conversion": ("python -m benchmarks.conversion", "`convert_weights.py` on a 2B checkpoint beside a plain copy"),
     "serving": (
         "python -m benchmarks.serving",
-        "64 requests to vLLM beside `generate` in one batch; in vLLM's environment",
+        "64 requests to vLLM beside `generate` in one batch, two models; in vLLM's environment",
     ),
     "report": ("python -m benchmarks.report", "the tables of this file"),
 }
