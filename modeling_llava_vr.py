@@ -400,7 +400,7 @@ class LlavaVrModel(LlavaVrPreTrainedModel):
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if len(self.vision_remember) and self.config.text_config._attn_implementation == "vllm":
-            raise ValueError('vLLM leaves the Vision Remember modules out: pip install "llava-vr[vllm]", the plugin.')
+            raise ValueError('vLLM leaves the Vision Remember modules out: pip install ".[vllm]" in its repository.')
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 

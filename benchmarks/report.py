@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ COMMANDS = {
     "conversion": ("python -m benchmarks.conversion", "`convert_weights.py` on a 2B checkpoint beside a plain copy"),
     "serving": (
         "python -m benchmarks.serving",
-        "64 requests to vLLM beside `generate` in one batch; in vLLM's environment",
+        "64 requests to vLLM beside `generate` in one batch, two models; in vLLM's environment",
     ),
     "report": ("python -m benchmarks.report", "the tables of this file"),
 }
@@ -124,6 +125,11 @@ def cache_ratio(ours: dict[str, Any], other: dict[str, Any]) -> float:
 
 def training(stage: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda result: next((run["time_ratio"] for run in result["stages"] if run["stage"] == stage), None)
+
+
+def serving(load: str, result: dict[str, Any]) -> list[float] | None:
+    found = result["loads"].get(load)
+    return found and found["times"]["generate"]["ours_over"]
 
 
 MODULE, TRAINING = (dict.fromkeys(DEVICES, file) for file in ("module", "training"))
@@ -222,9 +228,10 @@ FIGURES = [
             f"64 requests, {load}: vLLM, compiled, over `generate` in one batch",
             1 / 1.3,
             dict.fromkeys(DEVICES, "serving"),
-            lambda result, load=load: result["times"][load]["generate"]["ours_over"],
+            partial(serving, load),
         )
-        for load in SERVING_LOADS
+        for loads in SERVING_LOADS.values()
+        for load in loads
     ),
 ]
 

@@ -12,7 +12,7 @@ def check_vllm_version(version: str):
     from packaging.specifiers import SpecifierSet
 
     if not SpecifierSet(TESTED_VLLM).contains(version, prereleases=True):
-        raise ImportError(f'LLaVA-VR serves with vLLM {TESTED_VLLM}, found {version}: pip install "llava-vr[vllm]".')
+        raise ImportError(f'LLaVA-VR serves with vLLM {TESTED_VLLM}, found {version}: pip install ".[vllm]".')
 
 
 def register():

@@ -5,19 +5,21 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 
 pytestmark = pytest.mark.common
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import common, loading, module, prefill, report  # noqa: E402
-from llava_vr import LlavaVrConfig  # noqa: E402
+from benchmarks import common, loading, module, prefill, report, serving  # noqa: E402
+from lab.evaluate import answer, encode  # noqa: E402
+from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration  # noqa: E402
 from llava_vr.layout_llava_vr import cut_windows  # noqa: E402
 
 
@@ -334,7 +336,7 @@ def test_peers_have_their_true_size(name, billions):
     assert billions[0] <= model.num_parameters() / 1e9 <= billions[1]
 
 
-# -------------------------------------------------------------------------------------------------- loading and report
+# -------------------------------------------------------------------------------------------------------------- loading
 
 
 def test_loading_runs(run_command):
@@ -346,6 +348,104 @@ def test_loading_runs(run_command):
     images = result["images"]["ours"]
     assert images["images_a_second"] == pytest.approx(len(loading.SIZES) / images["ms"][0] * 1000, rel=1e-3)
     assert "from_pretrained" in table
+
+
+# ------------------------------------------------------------------------------------------------------------- serving
+
+
+def test_chats_ask_everything_of_the_other_loads_pictures():
+    cases = serving.chat_loads(16)["chats, SmolLM2-135M"]
+    assert [case.turn.question for case in cases] == [*serving.CHATS, *serving.CHATS]
+    transcribed = serving.nano_loads(16)["price lists, transcribed"]
+    assert [case.image.tobytes() for case in cases] == [case.image.tobytes() for case in transcribed]
+    assert len({case.image.tobytes() for case in cases}) == 16
+
+
+@pytest.fixture(scope="module")
+def served_model(tmp_path_factory):
+    """A tiny decoder behind the nano checkpoint's tower."""
+    tokenizer = AutoTokenizer.from_pretrained(serving.ROOT)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**TEXT, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 1})
+    decoder = AutoModelForCausalLM.from_config(config)
+    return decoder, serving.write_model(decoder, tokenizer, tmp_path_factory.mktemp("served"))
+
+
+def test_served_model_has_the_decoder_and_the_checkpoint_s_pictures(served_model):
+    decoder, folder = served_model
+    nano, model = (LlavaVrForConditionalGeneration.from_pretrained(path) for path in (serving.ROOT, folder))
+    state = decoder.model.state_dict()
+    found = model.model.language_model.state_dict()
+    assert state.keys() == found.keys()
+    assert all(torch.equal(found[name][: len(value)], value) for name, value in state.items())
+    assert model.config.remember_layers == [0, 1, 2]
+    cases = serving.chat_loads(2)["chats, SmolLM2-135M"]
+    old, new = (
+        encode(nano, AutoProcessor.from_pretrained(path, trust_remote_code=True), cases)
+        for path in (serving.ROOT, folder)
+    )
+    assert torch.equal(old["pixel_values"], new["pixel_values"])
+    counts = [
+        (inputs["input_ids"] == m.config.image_token_id).sum(1).tolist() for inputs, m in ((old, nano), (new, model))
+    ]
+    assert counts == [[16, 16], [16, 16]]
+    assert (new["attention_mask"][:, 0] == 0).any() and new["attention_mask"][:, -1].all()  # padded on the left
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """In vLLM's place: transformers, one request at a time, which gives the first answers as they are in `wrong`."""
+    wrong = []
+
+    class LLM:
+        def __init__(self, folder, **options):
+            self.model = LlavaVrForConditionalGeneration.from_pretrained(folder).eval()
+            self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+            self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+
+        def generate(self, prompts, greedy, use_tqdm):
+            inputs = [
+                self.processor(images=prompt["multi_modal_data"]["image"], text=prompt["prompt"], return_tensors="pt")
+                for prompt in prompts
+            ]
+            texts = [answer(self.model, self.processor, one)[0] for one in inputs]
+            texts[: len(wrong)] = wrong
+            tokenize = self.processor.tokenizer.encode
+            return [
+                SimpleNamespace(
+                    prompt_token_ids=one["input_ids"][0], outputs=[SimpleNamespace(text=text, token_ids=tokenize(text))]
+                )
+                for one, text in zip(inputs, texts)
+            ]
+
+    vllm = SimpleNamespace(LLM=LLM, SamplingParams=dict, RequestOutput=object)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    return wrong
+
+
+def test_serving_measures_what_gives_equal_answers(engine):
+    loads = {"few": serving.nano_loads(4)["price lists, all types"]}
+    found = serving.measure(serving.ROOT, loads, 2, CPU, torch.float32)["few"]
+    assert found["equal_answers"] == 4 and set(found["times"]) == {"ours", "generate"}
+    lengths = found["answer_tokens"]
+    assert 0 < lengths["shortest"] <= lengths["mean"] <= lengths["longest"] < serving.MAX_TOKENS
+    assert found["prompt_tokens"] > 16
+    assert serving.table({"requests": 4, "loads": {"few": found}}).count("| few |") == 2
+    engine.append("something else")
+    with pytest.raises(SystemExit, match="few: 3 of 4 answers"):
+        serving.measure(serving.ROOT, loads, 2, CPU, torch.float32)
+
+
+def test_serving_s_figures_in_the_report(tmp_path):
+    times = {"generate": {"ours_over": [0.5, 0.4, 0.6]}}
+    result = {**common.head("small", CPU), "loads": {"chats, SmolLM2-135M": {"times": times}}, "seconds": 1}
+    common.write_json(tmp_path / "cpu" / "serving.json", result)
+    figures = report.targets(tmp_path)
+    assert "SmolLM2-135M: vLLM, compiled, over `generate` in one batch | 0.769 | 0.5 (0.4 to 0.6), met |" in figures
+    assert "price lists, all types: vLLM, compiled, over `generate` in one batch | 0.769 | open |" in figures
+
+
+# -------------------------------------------------------------------------------------------------------------- report
 
 
 def test_report_fills_what_was_measured(tmp_path):

@@ -259,7 +259,7 @@ def test_vllm_without_the_plugin_stops():
     env = {**os.environ, "VLLM_PLUGINS": ""}
     done = subprocess.run([sys.executable, "-c", WITHOUT_PLUGIN], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
-    assert 'vLLM leaves the Vision Remember modules out: pip install "llava-vr[vllm]"' in done.stdout + done.stderr
+    assert 'vLLM leaves the Vision Remember modules out: pip install ".[vllm]"' in done.stdout + done.stderr
 
 
 def test_untested_version_is_refused(tmp_path):
