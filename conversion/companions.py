@@ -61,7 +61,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 shutil.copy(folder / name, copy)
         (Path(copy) / "config.json").write_text(json.dumps({"model_type": source.text_config.model_type}))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
+            # padded on the left, as `generate` goes on at the right end of a batch's rows
+            options = {"padding_side": "left", "trust_remote_code": False, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(copy, **options)
         except Exception as error:  # each class of tokenizer raises its own
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConversionError(f"{folder}: the tokenizer cannot be read: {reason}") from None

@@ -50,6 +50,8 @@ def test_folder_is_complete_and_loads_in_a_fresh_process(tmp_path, clip_folder, 
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["padding_side"] == "left"  # the source's has none, and pads on the right
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == [IMAGE_ID] and "temperature" not in generation
     processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
