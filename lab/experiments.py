@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import CLIPVisionModel, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionModel, GenerationConfig, PreTrainedTokenizerFast
 
 from lab.baselines import MODULES, WideAvgPool
-from lab.nano import IMAGE, MAX_LENGTH
+from lab.nano import IMAGE, make_decoder_config
 from lab.training import read_config
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
 
@@ -88,18 +88,9 @@ def make_config(experiment: Experiment, tower: CLIPVisionModel, tokenizer: PreTr
             options[field] = list(value) if isinstance(value, tuple) else value
     if experiment.module in ("none", "wide"):
         options["remember_layers"] = []
-    text_config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **read_config("uncompressed")["decoder"],
-    )
     return LlavaVrConfig(
         vision_config=tower.config,
-        text_config=text_config,
+        text_config=make_decoder_config(tokenizer, read_config("uncompressed")["decoder"]),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         projector_type=experiment.projector,
         projector_downsample=experiment.downsample,

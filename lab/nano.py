@@ -1,11 +1,12 @@
-"""What every model of the lab has around it: tokenizer, chat template, processor."""
+"""What every model of the lab has around it: tokenizer, chat template, processor, the decoder's configuration."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from lab.data.dense_labels import CANVAS
 from llava_vr import LlavaVrProcessor
@@ -46,6 +47,19 @@ def make_tokenizer(texts: Iterable[str], least: int = 8) -> PreTrainedTokenizerF
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
         padding_side="left",
+    )
+
+
+def make_decoder_config(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any]) -> LlamaConfig:
+    """A Llama decoder of these sizes for the tokenizer's texts, its head tied to its embeddings."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from lab import train_tower
 from lab.data.drawing import Turn, generator
@@ -31,7 +31,7 @@ from lab.data.samples import DOMAINS, draw_dialogue, draw_sample
 from lab.data.scenes import check_data
 from lab.evaluate import draw_cases, exact_match, measure
 from lab.export_nano import save
-from lab.nano import IMAGE, make_processor
+from lab.nano import IMAGE, make_decoder_config, make_processor
 from lab.pieces import Run, add_options, train
 from lab.train_vlm import DATA_SEED, Dialogues
 from lab.training import read_config
@@ -66,15 +66,7 @@ def make_reader_processor() -> LlavaVrProcessor:
 def make_reader(tokenizer: PreTrainedTokenizerFast, tower: Path) -> LlavaVrForConditionalGeneration:
     """The model, with the tower of a state file, frozen, and all else new."""
     torch.manual_seed(CONFIG["seed"])
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **CONFIG["decoder"],
-    )
+    text = make_decoder_config(tokenizer, CONFIG["decoder"])
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     vision = CLIPVisionConfig(**train_tower.TOWER)
     config = LlavaVrConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, **CONFIG["model"])
