@@ -109,7 +109,7 @@ def test_vllm_without_the_plugin_is_refused(tiny_config, make_model):
     model = make_model(tiny_config())
     embeds = model.get_input_embeddings()(torch.tensor([[10, 11]]))
     model.config.text_config._attn_implementation = "vllm"  # as its transformers backend builds a model
-    with pytest.raises(ValueError, match=r'pip install "llava-vr\[vllm\]"'):
+    with pytest.raises(ValueError, match=r'pip install "\.\[vllm\]"'):
         model.model(inputs_embeds=embeds)
 
 
