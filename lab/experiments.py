@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import CLIPVisionModel, GenerationConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
 from lab.baselines import MODULES, WideAvgPool
-from lab.nano import IMAGE, make_decoder_config
+from lab.nano import IMAGE, make_decoder_config, prepare
 from lab.training import read_config
 from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration
 
@@ -121,11 +121,4 @@ def make_model(
     model.model.vision_tower.requires_grad_(False).eval()
     if decoder is not None:
         model.model.language_model.load_state_dict(decoder)
-    for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
-        part.set_attn_implementation("eager")
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        suppress_tokens=[config.image_token_id],  # an answer never holds a placeholder
-    )
-    return model
+    return prepare(model, tokenizer)

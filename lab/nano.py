@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from lab.data.dense_labels import CANVAS
-from llava_vr import LlavaVrProcessor
+from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 PAD, END, SYSTEM, USER, ASSISTANT, IMAGE = SPECIAL_TOKENS = (
@@ -61,6 +61,20 @@ def make_decoder_config(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any
         eos_token_id=tokenizer.eos_token_id,
         **sizes,
     )
+
+
+def prepare(
+    model: LlavaVrForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+) -> LlavaVrForConditionalGeneration:
+    """The model, ready to train on a CPU and to answer: an answer never holds a placeholder."""
+    for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
+        part.set_attn_implementation("eager")
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        suppress_tokens=[model.config.image_token_id],
+    )
+    return model
 
 
 def make_processor(

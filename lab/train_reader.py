@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from lab import train_tower
 from lab.data.drawing import Turn, generator
@@ -31,7 +31,7 @@ from lab.data.samples import DOMAINS, draw_dialogue, draw_sample
 from lab.data.scenes import check_data
 from lab.evaluate import draw_cases, exact_match, measure
 from lab.export_nano import save
-from lab.nano import IMAGE, make_decoder_config, make_processor
+from lab.nano import IMAGE, make_decoder_config, make_processor, prepare
 from lab.pieces import Run, add_options, train
 from lab.train_vlm import DATA_SEED, Dialogues
 from lab.training import read_config
@@ -76,12 +76,7 @@ def make_reader(tokenizer: PreTrainedTokenizerFast, tower: Path) -> LlavaVrForCo
         weights = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
     model.model.vision_tower.load_state_dict(weights)
     model.model.vision_tower.requires_grad_(False)
-    for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
-        part.set_attn_implementation("eager")
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, suppress_tokens=[image_token_id]
-    )
-    return model
+    return prepare(model, tokenizer)
 
 
 class Reader(nn.Module):

@@ -212,10 +212,8 @@ class Receipts:
         return Document(page.finish(whole=True).image, receipt)
 
     def ask(self, rng: np.random.Generator, receipt: Receipt, question_type: str) -> Turn:
-        number, lines = (
-            int(rng.integers(len(receipt.items))),
-            {name: f"{name} {price}" for name, price in receipt.rows.items()},
-        )
+        number = int(rng.integers(len(receipt.items)))
+        lines = {name: f"{name} {price}" for name, price in receipt.rows.items()}
         if question_type == "select":
             return ask_selection(rng, self.SELECT, {item: lines[item] for item in receipt.items})
         missing, price = absent(rng, (*receipt.items, receipt.heading)), receipt.rows[receipt.items[number]]
