@@ -408,7 +408,7 @@ def section_distill() -> list[str]:
         "## Fewer tokens, without labels",
         "",
         f"`python -m lab.distill`: the uncompressed source answers questions about {pictures} new pictures. Each model "
-        f"is trained on these answers for {steps} steps (long_schedule: three times as many), its decoder frozen. "
+        f"is trained on these answers for {steps} steps, its decoder frozen. "
         f"{machine_and_cost({'': Score(trained)})}. Exact match, mean of five domains, "
         f"{distill.CONFIG['test']['count']} pictures of each in either style. Intervals are over pictures and seeds; a "
         "seed varies data order and first weights. `untrained` pools without training; `shrunk` is the source on "

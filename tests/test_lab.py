@@ -596,6 +596,21 @@ def test_shrunk_pictures_have_positions_as_clip_interpolates_them(source):
     assert (inputs["input_ids"] == small.config.image_token_id).sum() == len(inputs["input_ids"]) * 36
 
 
+def test_frozen_tower_sees_each_picture_once(tower):
+    pictures, passed = torch.randn(3, 3, CANVAS, CANVAS), []
+    with torch.no_grad():
+        expected = tower(pictures, output_hidden_states=True).hidden_states
+        tower = deepcopy(tower)
+        tower.embeddings.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+        distill.run_once(tower, [-1, 2])
+        for chosen in ([0, 1], [1, 2, 0], [2, 2]):
+            states = tower(pictures[chosen], output_hidden_states=True).hidden_states
+            assert [layer for layer, state in enumerate(states) if state is not None] == [2, 6]
+            for layer in (2, -1):
+                torch.testing.assert_close(states[layer], expected[layer][chosen])
+    assert passed == [2, 1]
+
+
 def test_answers_kept_and_their_targets():
     theirs = {"seen": {"ocr": {"a": "110", "b": "101"}}, "held out": {"ocr": {"a": "01", "b": "11"}}}
     ours = {"seen": {"ocr": {"a": "011", "b": "100"}}, "held out": {"ocr": {"a": "11", "b": "01"}}}
