@@ -19,6 +19,10 @@ from lab.muon import MuonAdamW
 from lab.training import has_fast_bfloat16
 
 
+LOG_STEPS, SAVE_MINUTES = 100, 10
+PEAK_LR = 2e-3
+
+
 class From:
     """The numbers from `first` on, as a sampler."""
 
@@ -45,10 +49,10 @@ class Run:
         batch_size: of a new run; a resumed one keeps its own.
     """
 
-    def __init__(self, model: nn.Module, state: Path, seed: int, batch_size: int = 16, lr: float = 2e-3):
-        self.file, self.model, self.optimizer = state, model, MuonAdamW(model, lr)
-        self.facts = {"step": 0, "images": 0, "batch_size": batch_size, "lr": lr, "decay_from": 0, "decay_steps": 0}
-        self.facts |= {"seed": seed, "seconds": 0}
+    def __init__(self, model: nn.Module, state: Path, seed: int, batch_size: int = 16):
+        self.file, self.model, self.optimizer = state, model, MuonAdamW(model, PEAK_LR)
+        self.facts = {"step": 0, "images": 0, "seconds": 0, "seed": seed, "batch_size": batch_size}
+        self.facts |= {"lr": PEAK_LR, "decay_from": 0, "decay_steps": 0}
         if state.is_file():
             self.load()
 
@@ -116,11 +120,9 @@ def train(
     collate: Callable,
     measure: Callable[[], float],
     args: argparse.Namespace,
-    log_steps: int = 100,
-    save_minutes: float = 10,
 ) -> None:
     """
-    Trains until it is over, time is up or it is stopped; says how it goes, a line of JSON at a time.
+    Trains until it is over, time is up or it is stopped; says how it goes, a line of JSON every `LOG_STEPS` steps.
 
     Args:
         data: samples by their number, without end.
@@ -137,7 +139,7 @@ def train(
         losses.append(run.step(batch))
         now = time.monotonic()
         is_last = run.is_over or now > deadline
-        if len(losses) == log_steps or is_last:
+        if len(losses) == LOG_STEPS or is_last:
             facts["seconds"] += now - began
             rate = len(losses) * facts["batch_size"] / (now - began)
             line = {"step": facts["step"], "images": facts["images"], "seconds": round(facts["seconds"])}
@@ -146,7 +148,7 @@ def train(
                 "lr": run.learning_rate(),
                 "images_a_second": round(rate, 1),
             }
-            if now - saved > 60 * save_minutes or is_last:
+            if now - saved > 60 * SAVE_MINUTES or is_last:
                 run.save()
                 line["held_out"], saved = round(measure(), 4), now
             print(json.dumps(line), flush=True)
