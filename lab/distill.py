@@ -32,6 +32,7 @@ from lab.data.dense_labels import CANVAS
 from lab.data.samples import draw_dialogue, draw_sample
 from lab.evaluate import draw_cases, encode, measure
 from lab.export_nano import save
+from lab.nano import use_eager
 from lab.train_vlm import ROOT, Dialogues
 from lab.training import describe_machine, read_config, train
 from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration, LlavaVrProcessor
@@ -95,8 +96,7 @@ def derive(
     derived = LlavaVrForConditionalGeneration(LlavaVrConfig.from_dict({**model.config.to_dict(), **fields}))
     derived.load_state_dict(model.state_dict() if state is None else state, strict=False)
     derived.generation_config = model.generation_config
-    for part in (derived.model.vision_tower, derived.model.language_model):  # sdpa's backward pass on a CPU is slow
-        part.set_attn_implementation("eager")
+    use_eager(derived)
     return derived.requires_grad_(True).eval()
 
 

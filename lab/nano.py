@@ -63,12 +63,17 @@ def make_decoder_config(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, Any
     )
 
 
+def use_eager(model: LlavaVrForConditionalGeneration):
+    """Attention without sdpa, whose backward pass on a CPU is slow."""
+    for part in (model.model.vision_tower, model.model.language_model):
+        part.set_attn_implementation("eager")
+
+
 def prepare(
     model: LlavaVrForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
 ) -> LlavaVrForConditionalGeneration:
     """The model, ready to train on a CPU and to answer: an answer never holds a placeholder."""
-    for part in (model.model.vision_tower, model.model.language_model):  # sdpa's backward pass on a CPU is slow
-        part.set_attn_implementation("eager")
+    use_eager(model)
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
