@@ -82,9 +82,7 @@ STUDENTS = {
     "modules-2": Student((2,)),
     "modules-2-4": Student((2, 4)),
     "pooling-2": Student((2,), ("projector",)),
-    "modules_alone-4": Student((4,), ("modules",)),
 }
-TABLE = ("modules-4", "pooling-4", "modules-2", "modules-2-4", "pooling-2")
 CONTROLS = ("source", "untrained", "shrunk")  # without training, and so without a seed
 
 
@@ -271,7 +269,7 @@ def run_control(name: str, source: LlavaVrForConditionalGeneration) -> dict[str,
 def jobs(names: Sequence[str] | None, seeds: Sequence[int]) -> list[tuple[str, int]]:
     """What to run: controls, then the table, seed by seed."""
     controls = [(name, 0) for name in CONTROLS if names is None or name in names]
-    students = [name for name in STUDENTS if name in (TABLE if names is None else names)]
+    students = [name for name in STUDENTS if names is None or name in names]
     return controls + [(name, seed) for seed in seeds for name in students]
 
 

@@ -646,5 +646,5 @@ def test_the_table_of_compression(tmp_path, monkeypatch):
 def test_controls_come_first_then_seed_by_seed():
     jobs = distill.jobs(None, (1, 2))
     assert jobs[: len(distill.CONTROLS)] == [(name, 0) for name in distill.CONTROLS]
-    assert jobs[len(distill.CONTROLS) :] == [(name, seed) for seed in (1, 2) for name in distill.TABLE]
+    assert jobs[len(distill.CONTROLS) :] == [(name, seed) for seed in (1, 2) for name in distill.STUDENTS]
     assert distill.jobs(["pooling-4", "modules-4"], (1,)) == [("modules-4", 1), ("pooling-4", 1)]
