@@ -52,11 +52,19 @@ class StoredTeacher(Distiller):
 
 
 class StoredTeacherCollator(DistillationCollator):
-    """As its base, with the teacher's logits in place of its inputs."""
+    """As its base, with the teacher's logits in place of its inputs; a row is encoded once for all epochs."""
 
     def __init__(self, processor: LlavaVrProcessor, seed: int, logits: dict[str, torch.Tensor]):
         super().__init__(processor, seed)
-        self.logits = logits
+        self.logits, self.encoded, encode = logits, {}, self.student.encode
+
+        def look_up(row: dict[str, Any], index: int, downsample: int) -> dict[str, torch.Tensor]:
+            key = row["id"], downsample
+            if key not in self.encoded:
+                self.encoded[key] = encode(row, index, downsample)
+            return self.encoded[key]
+
+        self.student.encode = look_up
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         logits = torch.cat([self.logits[row["id"]] for row in rows])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -66,7 +67,8 @@ from lab.run_experiments import jobs  # noqa: E402
 from lab.tower import LabelledPictures, ReadingTower, patch_labels  # noqa: E402
 from lab.train_vlm import Dialogues, draw_turns, processor_of, start_of, training_of  # noqa: E402
 from lab.training import train  # noqa: E402
-from llava_vr import LlavaVrConfig, LlavaVrForConditionalGeneration  # noqa: E402
+from llava_vr import LlavaVrCollator, LlavaVrConfig, LlavaVrForConditionalGeneration  # noqa: E402
+from llava_vr.training.distillation import DistillationCollator  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -609,6 +611,31 @@ def test_frozen_tower_sees_each_picture_once(tower):
             for layer in (2, -1):
                 torch.testing.assert_close(states[layer], expected[layer][chosen])
     assert passed == [2, 1]
+
+
+def test_rows_are_encoded_once_for_each_s(source, monkeypatch):
+    def chat(colour):
+        image = {"type": "image", "image": Image.new("RGB", (CANVAS, CANVAS), colour)}
+        question = {"role": "user", "content": [image, {"type": "text", "text": "Which colour?"}]}
+        return {"id": colour, "messages": [question, {"role": "assistant", "content": colour}]}
+
+    processor, calls = distill.processor_for(distill.compress(source, (2, 4), 1)), []
+    batches = [[chat(colour) for colour in colours] for colours in (["red"], ["red", "blue"], ["blue", "red"])] * 2
+    expected = [DistillationCollator(processor, seed=1).student_batch(rows) for rows in batches]
+    encode = LlavaVrCollator.encode
+
+    def count(self, row, *options):
+        calls.append(row["id"])
+        return encode(self, row, *options)
+
+    monkeypatch.setattr(LlavaVrCollator, "encode", count)
+    collator = distill.StoredTeacherCollator(processor, 1, dict.fromkeys(("red", "blue"), torch.zeros(1, 8)))
+    for rows, batch in zip(batches, expected):
+        found = collator(rows)
+        assert found.pop("teacher_logits").shape == (len(rows), 8)
+        assert found.keys() == batch.keys() and all(torch.equal(found[name], batch[name]) for name in batch)
+    chosen = [zip((row["id"] for row in rows), s["image_downsamples"].tolist()) for rows, s in zip(batches, expected)]
+    assert len(calls) == len({pair for pairs in chosen for pair in pairs}) > 2
 
 
 def test_answers_kept_and_their_targets():
