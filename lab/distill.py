@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Subset
@@ -91,7 +91,7 @@ STUDENTS = {
     "modules-2-4": Student((2, 4)),
     "pooling-2": Student((2,), ("projector",)),
 }
-CONTROLS = ("source", "untrained", "shrunk")  # without training, and so without a seed
+CONTROLS = ("source", "shifted", "untrained", "shrunk")  # without training, and so without a seed
 
 
 def derive(
@@ -194,11 +194,19 @@ def shrink(source: LlavaVrForConditionalGeneration, factor: int) -> LlavaVrForCo
     return derive(source, {**state, name: torch.cat([state[name][:1], places])}, vision_config=vision)
 
 
-def measure_at(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, downsample: int) -> dict[str, dict]:
-    """What it answers right at this s, in fonts and layouts of training and in those held out."""
+def measure_at(
+    model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, downsample: int, shift: int = 0
+) -> dict[str, dict]:
+    """
+    What it answers right at this s, in fonts and layouts of training and in those held out.
+
+    Args:
+        shift: pixels that pictures are moved to the right; what leaves them comes in at the left.
+    """
     right = {}
     for style in ("seen", "held out"):
-        cases = list(draw_cases(CONFIG["test"]["seed"], CONFIG["test"]["count"], style == "held out"))
+        cases = draw_cases(CONFIG["test"]["seed"], CONFIG["test"]["count"], style == "held out")
+        cases = [replace(case, image=ImageChops.offset(case.image, shift, 0)) for case in cases]
         right[style], _ = measure(model, processor, cases, downsample=downsample)
     return right
 
@@ -264,9 +272,9 @@ def run(
 
 
 def run_control(name: str, source: LlavaVrForConditionalGeneration) -> dict[str, Any]:
-    """Measures the source itself, with pooling that nothing was trained for, or on shrunk pictures."""
-    if name == "source":
-        return {"right": {"1": measure_at(source, processor_for(source), 1)}}
+    """Measures the source itself, on pictures moved by a pixel, with untrained pooling, or on shrunk pictures."""
+    if name in ("source", "shifted"):
+        return {"right": {"1": measure_at(source, processor_for(source), 1, shift=int(name == "shifted"))}}
     if name == "untrained":
         model = compress(source, (2, 4), 0, modules=False)
         return {"right": {str(s): measure_at(model, processor_for(model), s) for s in (2, 4)}}

@@ -411,8 +411,9 @@ def section_distill() -> list[str]:
         f"is trained on these answers for {steps} steps, its decoder frozen. "
         f"{machine_and_cost({'': Score(trained)})}. Exact match, mean of five domains, "
         f"{distill.CONFIG['test']['count']} pictures of each in either style. Intervals are over pictures and seeds; a "
-        "seed varies data order and first weights. `untrained` pools without training; `shrunk` is the source on "
-        "pictures whose sides are s times shorter, the positions of its tower interpolated.",
+        "seed varies data order and first weights. `shifted` is the source on pictures moved by one pixel: how steady "
+        "its own answers are. `untrained` pools without training; `shrunk` is the source on pictures whose sides are s "
+        "times shorter, the positions of its tower interpolated.",
         "",
         *lines,
         "",
