@@ -56,13 +56,13 @@ class StoredTeacherCollator(DistillationCollator):
 
     def __init__(self, processor: LlavaVrProcessor, seed: int, logits: dict[str, torch.Tensor]):
         super().__init__(processor, seed)
-        self.logits, self.encoded, encode = logits, {}, self.student.encode
+        self.logits, encoded, encode = logits, {}, self.student.encode
 
         def look_up(row: dict[str, Any], index: int, downsample: int) -> dict[str, torch.Tensor]:
             key = row["id"], downsample
-            if key not in self.encoded:
-                self.encoded[key] = encode(row, index, downsample)
-            return self.encoded[key]
+            if key not in encoded:
+                encoded[key] = encode(row, index, downsample)
+            return encoded[key]
 
         self.student.encode = look_up
 

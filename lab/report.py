@@ -392,15 +392,20 @@ def section_distill() -> list[str]:
         runs[result["row"]][result["seed"]] = result
     source = runs["source"][0]["right"]["1"]
     of, kept = kept_answers(source, source), {}  # kept: by model and s, for each seed, `(pictures,)`
-    lines = ["| model | s | image tokens | seen | held out | kept of the source's right answers | seeds |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| model | s | image tokens | seen | held out | kept of the source's right answers | lost | won | seeds |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for name in (*distill.CONTROLS, *distill.STUDENTS):
         for s in sorted({s for run in runs[name].values() for s in run["right"]}):
             found = {seed: run["right"][s] for seed, run in runs[name].items()}
             kept[name, s] = {seed: kept_answers(right, source) for seed, right in found.items()}
+            rights = [kept_answers(right, right).sum() for right in found.values()]
             score = Score([{"right": right} for right in found.values()])
             cells = [name, s, distill.tokens_at(int(s)), *(score.cell(DOMAINS, style) for style in STYLES)]
-            cells += [show_share(share(list(kept[name, s].values()), of)), len(found)]
+            cells.append(show_share(share(list(kept[name, s].values()), of)))
+            helds = [answers.sum() for answers in kept[name, s].values()]
+            cells.append(", ".join(str(of.sum() - held) for held in helds))
+            cells.append(", ".join(str(right - held) for right, held in zip(rights, helds)))
+            cells.append(len(found))
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     trained = [run for name in distill.STUDENTS for run in runs[name].values()]
     steps, pictures = distill.CONFIG["student"]["max_steps"], distill.CONFIG["pictures"]["count"]
@@ -411,9 +416,10 @@ def section_distill() -> list[str]:
         f"is trained on these answers for {steps} steps, its decoder frozen. "
         f"{machine_and_cost({'': Score(trained)})}. Exact match, mean of five domains, "
         f"{distill.CONFIG['test']['count']} pictures of each in either style. Intervals are over pictures and seeds; a "
-        "seed varies data order and first weights. `shifted` is the source on pictures moved by one pixel: how steady "
-        "its own answers are. `untrained` pools without training; `shrunk` is the source on pictures whose sides are s "
-        "times shorter, the positions of its tower interpolated.",
+        "seed varies data order and first weights. Lost are right answers of the source, won are its wrong ones, each "
+        "seed for itself. `shifted` is the source on pictures moved by one pixel: how steady its own answers are. "
+        "`untrained` pools without training; `shrunk` is the source on pictures whose sides are s times shorter, the "
+        "positions of its tower interpolated.",
         "",
         *lines,
         "",
