@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from lab.training import has_fast_bfloat16
 
 
 LOG_STEPS, SAVE_MINUTES = 100, 10
+POOL = 4  # batches that are sorted together; `LOG_STEPS` is a multiple, so a saved run goes on with a new pool
 PEAK_LR = 2e-3
 
 
@@ -33,10 +35,24 @@ class From:
         return itertools.count(self.first)
 
 
-def load_batches(data: Dataset, first: int, size: int, workers: int, collate: Callable = default_collate) -> DataLoader:
-    """Batches of samples from number `first` on, without end."""
+def load_batches(
+    data: Dataset,
+    first: int,
+    size: int,
+    workers: int,
+    collate: Callable = default_collate,
+    length: Callable | None = None,
+) -> Iterator[Any]:
+    """Batches of samples from number `first` on, without end; with `length`, of samples of about the same length."""
+
+    def collate_pool(samples: list) -> list:
+        samples = sorted(samples, key=length) if length else samples
+        return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+
     options = {"num_workers": workers, "prefetch_factor": 4} if workers else {}
-    return DataLoader(data, batch_size=size, sampler=From(first), collate_fn=collate, **options)
+    pool = POOL if length else 1
+    pools = DataLoader(data, batch_size=pool * size, sampler=From(first), collate_fn=collate_pool, **options)
+    return itertools.chain.from_iterable(pools)
 
 
 class Run:
@@ -120,6 +136,7 @@ def train(
     collate: Callable,
     measure: Callable[[], float],
     args: argparse.Namespace,
+    length: Callable | None = None,
 ) -> None:
     """
     Trains until it is over, time is up or it is stopped; says how it goes, a line of JSON every `LOG_STEPS` steps.
@@ -128,6 +145,7 @@ def train(
         data: samples by their number, without end.
         measure: a figure of the model on held-out pictures, told at every save.
         args: of `add_options`.
+        length: of a sample, where that differs.
     """
     if run.is_over:
         return
@@ -135,7 +153,7 @@ def train(
         run.facts |= {"decay_from": run.facts["step"], "decay_steps": args.decay_steps}
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     facts, losses, began, saved = run.facts, [], time.monotonic(), time.monotonic()
-    for batch in load_batches(data, facts["images"], facts["batch_size"], args.workers, collate):
+    for batch in load_batches(data, facts["images"], facts["batch_size"], args.workers, collate, length):
         losses.append(run.step(batch))
         now = time.monotonic()
         is_last = run.is_over or now > deadline

@@ -114,14 +114,16 @@ def main() -> None:
     add_options(parser, STATE)
     parser.add_argument("--tower", type=Path, default=train_tower.STATE, help="state file of the tower")
     parser.add_argument("--output", type=Path, help="where to write the checkpoint folder when it ends")
+    parser.add_argument("--downsamples", type=int, nargs="+", help="the choices of s to train with (default all)")
     args = parser.parse_args()
     check_data(parser)
     torch.set_num_threads(args.threads)
     processor = make_reader_processor()
     model = make_reader(processor.tokenizer, args.tower)
     run = Run(Reader(model), args.state, CONFIG["seed"], args.batch_size)
-    dialogues = Dialogues(processor, draw, 0)
-    train(run, dialogues, dialogues.collate, partial(share_right, model, processor), args)
+    dialogues = Dialogues(processor, draw, 0, args.downsamples)
+    score = partial(share_right, model, processor)
+    train(run, dialogues, dialogues.collate, score, args, lambda sample: len(sample["input_ids"]))
     if args.output:
         save(model.bfloat16(), processor, args.output)
 

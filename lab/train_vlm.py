@@ -36,12 +36,20 @@ class Dialogues(Dataset):
     Args:
         draw: gives the picture of an index and the turns about it.
         length: of a training run, in dialogues.
+        downsamples: those of the choices that are used, all by default.
     """
 
-    def __init__(self, processor: LlavaVrProcessor, draw: Callable[[int], tuple[Image.Image, list[Turn]]], length: int):
+    def __init__(
+        self,
+        processor: LlavaVrProcessor,
+        draw: Callable[[int], tuple[Image.Image, list[Turn]]],
+        length: int,
+        downsamples: Sequence[int] | None = None,
+    ):
         self.tokenizer, self.draw, self.length = processor.tokenizer, draw, length
         self.side = processor.image_processor.size["height"]
-        self.downsamples = processor.projector_downsample_choices or [processor.projector_downsample]
+        choices = processor.projector_downsample_choices or [processor.projector_downsample]
+        self.downsamples = downsamples or choices
         self.images = {s: IMAGE * processor.image_layout.num_tokens(None, s) for s in self.downsamples}
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from lab import evaluate_tower, train_tower  # noqa: E402
 from lab.data import fonts, page, scenes, sheet, text  # noqa: E402
 from lab.data.labels import COUNTS, GRID, by_row, find_spots, make_labels  # noqa: E402
 from lab.data.page import CLASSES, NUMBERS, SIDE, Page  # noqa: E402
-from lab.pieces import load_batches, train  # noqa: E402
+from lab.pieces import LOG_STEPS, POOL, load_batches, train  # noqa: E402
 from lab.train_tower import Pictures, new_run  # noqa: E402
 
 
@@ -235,6 +235,13 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     losses = [[part.step(next_batch) for _ in range(2)] for part in (run, resumed)]
     assert losses[0][0] == losses[1][0] and losses[0][1] == pytest.approx(losses[1][1], rel=1e-3)
     assert resumed.facts["images"] == 8
+
+
+def test_a_batch_is_of_samples_of_about_the_same_length():
+    lengths = [5, 1, 8, 2, 7, 3, 6, 4]
+    (short, *_, long) = take(load_batches(lengths, 0, 2, workers=0, length=int), POOL)
+    assert short.tolist() == [1, 2] and long.tolist() == [7, 8]
+    assert LOG_STEPS % POOL == 0  # a run is saved at the end of a pool
 
 
 def test_learning_rate_rises_stays_and_falls_once_told(tmp_path):
