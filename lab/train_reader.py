@@ -1,6 +1,7 @@
 """The checkpoint that reads print: projector, modules and decoder, trained in pieces over the frozen tower.
 
     python -m lab.train_reader                                   # goes on from the state file, until it is stopped
+    python -m lab.train_reader --downsamples 1                   # with every patch a token, as it begins best
     python -m lab.train_reader --decay-steps 3000                # lets the learning rate fall to zero, then ends
     python -m lab.train_reader --minutes 1 --output lab/runs/reader   # and writes the checkpoint folder
 
@@ -114,7 +115,9 @@ def main() -> None:
     add_options(parser, STATE)
     parser.add_argument("--tower", type=Path, default=train_tower.STATE, help="state file of the tower")
     parser.add_argument("--output", type=Path, help="where to write the checkpoint folder when it ends")
-    parser.add_argument("--downsamples", type=int, nargs="+", help="the choices of s to train with (default all)")
+    choices = CONFIG["model"]["projector_downsample_choices"]
+    text = "choices of s, for one picture after the other; may repeat (default: each once)"
+    parser.add_argument("--downsamples", type=int, nargs="+", choices=choices, help=text)
     args = parser.parse_args()
     check_data(parser)
     torch.set_num_threads(args.threads)

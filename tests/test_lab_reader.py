@@ -96,7 +96,7 @@ def test_answers_and_dialogues_fit(domain):
             [len(tokenizer.tokenize(getattr(turn, part))) for turn in turns] for part in ("answer", "question")
         )
         assert len(tokenizer.tokenize(domain.ask(rng, document.facts, "transcribe").answer)) < MAX_NEW_TOKENS
-        assert 64 + sum(answers) + sum(questions) + 4 * len(turns) < train_reader.MAX_LENGTH
+        assert 256 + sum(answers) + sum(questions) + 4 * len(turns) < train_reader.MAX_LENGTH
 
 
 def test_training_draws_every_domain(monkeypatch):
