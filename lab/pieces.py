@@ -35,23 +35,26 @@ class From:
         return itertools.count(self.first)
 
 
+def same_length(sample: Any) -> int:
+    return 0
+
+
 def load_batches(
     data: Dataset,
     first: int,
     size: int,
     workers: int,
     collate: Callable = default_collate,
-    length: Callable | None = None,
+    length: Callable = same_length,
 ) -> Iterator[Any]:
-    """Batches of samples from number `first` on, without end; with `length`, of samples of about the same length."""
+    """Batches of samples from number `first` on, without end, each of samples of about the same length."""
 
     def collate_pool(samples: list) -> list:
-        samples = sorted(samples, key=length) if length else samples
+        samples = sorted(samples, key=length)
         return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 
-    options = {"num_workers": workers, "prefetch_factor": 4} if workers else {}
-    pool = POOL if length else 1
-    pools = DataLoader(data, batch_size=pool * size, sampler=From(first), collate_fn=collate_pool, **options)
+    options = {"num_workers": workers} if workers else {}
+    pools = DataLoader(data, batch_size=POOL * size, sampler=From(first), collate_fn=collate_pool, **options)
     return itertools.chain.from_iterable(pools)
 
 
@@ -136,7 +139,7 @@ def train(
     collate: Callable,
     measure: Callable[[], float],
     args: argparse.Namespace,
-    length: Callable | None = None,
+    length: Callable = same_length,
 ) -> None:
     """
     Trains until it is over, time is up or it is stopped; says how it goes, a line of JSON every `LOG_STEPS` steps.
