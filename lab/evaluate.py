@@ -81,7 +81,7 @@ def measure(
     downsample: int | None = None,
 ) -> tuple[dict[str, dict[str, str]], list[tuple[Case, str]]]:
     """
-    Asks all cases.
+    Asks all cases, those of one type together, as their answers are of like length.
 
     Returns:
         for each domain and type of question, a text with a 1 for each exact match and a 0 for each other picture;
@@ -89,6 +89,7 @@ def measure(
     """
     right: dict[str, dict[str, str]] = {}
     misses = []
+    cases = sorted(cases, key=lambda case: case.turn.question_type)
     for first in tqdm(range(0, len(cases), batch_size), desc="questions", unit="batch"):
         batch = cases[first : first + batch_size]
         for case, said in zip(batch, answer(model, processor, encode(model, processor, batch, downsample))):

@@ -152,6 +152,8 @@ def train(
     """
     if run.is_over:
         return
+    if args.lr:
+        run.facts["lr"] = args.lr
     if args.decay_steps and not run.facts["decay_steps"]:
         run.facts |= {"decay_from": run.facts["step"], "decay_steps": args.decay_steps}
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
@@ -185,6 +187,7 @@ def add_options(parser: argparse.ArgumentParser, state: Path) -> None:
     parser.add_argument(
         "--decay-steps", type=int, help="let the learning rate fall to zero over so many steps from now"
     )
+    parser.add_argument("--lr", type=float, help=f"learning rate from now on (default: as before, {PEAK_LR} at first)")
     parser.add_argument("--batch-size", type=int, default=16, help="of a new run (default 16)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (default 1)")

@@ -102,10 +102,13 @@ def draw(index: int) -> tuple[Image.Image, list[Turn]]:
     return sheet.image, draw_dialogue(rng, READING[name], sheet, turns)
 
 
-def share_right(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, count: int = 4) -> float:
+def share_right(
+    model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, downsample: int, count: int = 4
+) -> float:
     """The mean over the domains of print of what is answered right, in families and layouts held out."""
     model.eval()
-    right, _ = measure(model, processor, list(draw_cases(DEVELOPMENT_SEED, count, True, tuple(READING))))
+    cases = list(draw_cases(DEVELOPMENT_SEED, count, True, tuple(READING)))
+    right, _ = measure(model, processor, cases, downsample=downsample)
     model.train()
     return sum(domain["all"] for domain in exact_match(right).values()) / len(READING)
 
@@ -125,7 +128,7 @@ def main() -> None:
     model = make_reader(processor.tokenizer, args.tower)
     run = Run(Reader(model), args.state, CONFIG["seed"], args.batch_size)
     dialogues = Dialogues(processor, draw, 0, args.downsamples)
-    score = partial(share_right, model, processor)
+    score = partial(share_right, model, processor, dialogues.downsamples[0])
     train(run, dialogues, dialogues.collate, score, args, lambda sample: len(sample["input_ids"]))
     if args.output:
         save(model.bfloat16(), processor, args.output)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 from safetensors import safe_open
+from torch.utils.data import default_collate
 
 
 pytestmark = pytest.mark.common
@@ -22,7 +23,7 @@ from lab import evaluate_tower, train_tower  # noqa: E402
 from lab.data import fonts, page, scenes, sheet, text  # noqa: E402
 from lab.data.labels import COUNTS, GRID, by_row, find_spots, make_labels  # noqa: E402
 from lab.data.page import CLASSES, NUMBERS, SIDE, Page  # noqa: E402
-from lab.pieces import LOG_STEPS, POOL, load_batches, train  # noqa: E402
+from lab.pieces import LOG_STEPS, POOL, add_options, load_batches, train  # noqa: E402
 from lab.train_tower import Pictures, new_run  # noqa: E402
 
 
@@ -235,6 +236,18 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     losses = [[part.step(next_batch) for _ in range(2)] for part in (run, resumed)]
     assert losses[0][0] == losses[1][0] and losses[0][1] == pytest.approx(losses[1][1], rel=1e-3)
     assert resumed.facts["images"] == 8
+
+
+def test_a_piece_tells_how_it_went_and_keeps_its_learning_rate(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_options(parser, tmp_path / "state.safetensors")
+    args = parser.parse_args("--minutes 1e-9 --workers 0 --batch-size 2 --lr 3e-4".split())
+    run = new_run(args.state, args.batch_size)
+    train(run, Pictures(train_tower.SEED, "train"), default_collate, lambda: 0.5, args)
+    said = json.loads(capsys.readouterr().out)
+    assert (said["step"], said["images"], said["held_out"]) == (1, 2, 0.5)
+    assert said["lr"] == pytest.approx(2e-6)  # the second of 300 steps of warm-up
+    assert new_run(args.state).facts == run.facts and run.facts["lr"] == 3e-4
 
 
 def test_a_batch_is_of_samples_of_about_the_same_length():
