@@ -91,7 +91,7 @@ def test_answers_and_dialogues_fit(domain):
     for seed in range(30):
         rng = generator(seed, 0)
         document = domain.draw(rng)
-        turns = draw_dialogue(rng, domain, document)
+        turns = draw_dialogue(rng, domain, document, train_reader.CONFIG["turns"])
         answers, questions = (
             [len(tokenizer.tokenize(getattr(turn, part))) for turn in turns] for part in ("answer", "question")
         )
