@@ -87,16 +87,19 @@ def measure(
         for each domain and type of question, a text with a 1 for each exact match and a 0 for each other picture;
         and the wrong answers.
     """
+    order = sorted(range(len(cases)), key=lambda number: cases[number].turn.question_type)
+    answers = {}
+    for first in tqdm(range(0, len(cases), batch_size), desc="questions", unit="batch"):
+        batch = order[first : first + batch_size]
+        inputs = encode(model, processor, [cases[number] for number in batch], downsample)
+        answers |= zip(batch, answer(model, processor, inputs))
     right: dict[str, dict[str, str]] = {}
     misses = []
-    cases = sorted(cases, key=lambda case: case.turn.question_type)
-    for first in tqdm(range(0, len(cases), batch_size), desc="questions", unit="batch"):
-        batch = cases[first : first + batch_size]
-        for case, said in zip(batch, answer(model, processor, encode(model, processor, batch, downsample))):
-            by_type, is_right = right.setdefault(case.domain, {}), said == case.turn.answer
-            by_type[case.turn.question_type] = by_type.get(case.turn.question_type, "") + str(int(is_right))
-            if not is_right:
-                misses.append((case, said))
+    for number, case in enumerate(cases):
+        by_type, is_right = right.setdefault(case.domain, {}), answers[number] == case.turn.answer
+        by_type[case.turn.question_type] = by_type.get(case.turn.question_type, "") + str(int(is_right))
+        if not is_right:
+            misses.append((case, answers[number]))
     return right, misses
 
 

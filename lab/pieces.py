@@ -21,7 +21,7 @@ from lab.training import has_fast_bfloat16
 
 
 LOG_STEPS, SAVE_MINUTES = 100, 10
-POOL = 4  # batches that are sorted together; `LOG_STEPS` is a multiple, so a saved run goes on with a new pool
+POOL = 4  # batches sorted together; `LOG_STEPS` is a multiple, so a run saved on its way goes on with a new pool
 PEAK_LR = 2e-3
 
 
