@@ -4,8 +4,8 @@
     python -m lab.evaluate --model . --n 200 --seed 99 --downsample 2                 # with more image tokens
     python -m lab.evaluate --model . --n 1000 --seed 99 --domains receipt --seen  # those of training
 
-One question of each type is asked about every picture. An answer counts only if it is an exact match; of transcriptions
-the share of right characters (1 - CER) is told as well.
+One question of each type is asked about every picture. An answer counts only if it is an exact match, alone or
+after what was asked about ("Tea 4.20"); of transcriptions the share of right characters (1 - CER) is told as well.
 """
 
 import argparse
@@ -96,7 +96,10 @@ def measure(
     right: dict[str, dict[str, str]] = {}
     misses = []
     for number, case in enumerate(cases):
-        by_type, is_right = right.setdefault(case.domain, {}), answers[number] == case.turn.answer
+        by_type, is_right = (
+            right.setdefault(case.domain, {}),
+            answers[number] in (case.turn.answer, case.turn.full_answer),
+        )
         by_type[case.turn.question_type] = by_type.get(case.turn.question_type, "") + str(int(is_right))
         if not is_right:
             misses.append((case, answers[number]))

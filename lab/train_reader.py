@@ -14,6 +14,7 @@ training saw. The domains that it asks by default have only their layouts held o
 import argparse
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -97,9 +98,11 @@ def draw(index: int) -> tuple[Image.Image, list[Turn]]:
     name = list(shares)[rng.choice(len(shares), p=list(shares.values()))]
     if name == "drawn":
         rng, domain, picture = draw_sample(DATA_SEED, index)  # with our seed, its domain would follow from ours
-        return picture.image, draw_dialogue(rng, domain, picture, turns)
-    sheet = READING[name].draw(rng)
-    return sheet.image, draw_dialogue(rng, READING[name], sheet, turns)
+    else:
+        domain = READING[name]
+        picture = domain.draw(rng)
+    dialogue = draw_dialogue(rng, domain, picture, turns)
+    return picture.image, [replace(turn, answer=turn.full_answer) for turn in dialogue]
 
 
 def share_right(

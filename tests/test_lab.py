@@ -35,6 +35,7 @@ from lab.evaluate import (  # noqa: E402
     edit_distance,
     encode,
     exact_match,
+    measure,
 )
 from lab.experiments import (  # noqa: E402
     ALL_EXPERIMENTS,
@@ -514,6 +515,17 @@ def scored(right: int) -> Score:
 )
 def test_edit_distance_counts_by_hand(said, meant, edits):
     assert edit_distance(said, meant) == edit_distance(meant, said) == edits
+
+
+def test_an_answer_may_begin_with_what_was_asked_about(monkeypatch):
+    monkeypatch.setattr("lab.evaluate.encode", lambda model, processor, cases, downsample: cases)
+    said = {"4.20": "1", "Tea 4.20": "1", "tea 4.20": "0", "Tea": "0", "Tea 4.2": "0", "4.20 Tea": "0"}
+    cases = [Case("receipt", None, Turn("price", text, "4.20", "Tea")) for text in said]
+    right, misses = measure(
+        None, None, cases, answer=lambda model, processor, inputs: [c.turn.question for c in inputs]
+    )
+    assert right == {"receipt": {"price": "".join(said.values())}}
+    assert [text for _, text in misses] == [text for text, is_right in said.items() if is_right == "0"]
 
 
 def test_characters_right_are_those_of_transcriptions():

@@ -105,9 +105,35 @@ def test_training_draws_every_domain(monkeypatch):
             return reading.Document(None, None)
 
     monkeypatch.setattr(train_reader, "READING", dict.fromkeys(READING, Blank()))
-    monkeypatch.setattr(train_reader, "draw_dialogue", lambda rng, domain, *_: domain)
-    domains = [train_reader.draw(index)[1] for index in range(200)]
+    monkeypatch.setattr(train_reader, "draw_dialogue", lambda rng, domain, *_: [Turn("", "", domain)])
+    domains = [train_reader.draw(index)[1][0].answer for index in range(200)]
     assert all(domain in domains for domain in DOMAINS.values())
+
+
+@pytest.mark.parametrize(
+    "name, about",
+    [
+        *(("receipt", kind) for kind in ("price", "item", "no item", "no price")),
+        *(("print receipts", kind) for kind in ("price", "item", "no item")),
+        *(("print tables", kind) for kind in ("cell", "no row", "no column")),
+        *(("print charts", kind) for kind in ("value", "no bar")),
+        *(("table", "cell"), ("chart", "value")),
+    ],
+)
+def test_a_full_answer_begins_with_what_is_asked_about(name, about):
+    domain = (DOMAINS | READING)[name]
+    for seed in range(20):
+        rng = generator(seed, 0)
+        said = domain.ask(rng, domain.draw(rng).facts, about)
+        words = said.full_answer.removesuffix(" is not there.").removesuffix(f" {said.answer}").split(" ")
+        assert words == said.subject.split(" ") and all(word in said.question for word in words)
+        if about.startswith("no "):
+            assert said.full_answer.endswith(" is not there.") and words[-1].lower() in said.answer.lower()
+        else:
+            assert said.full_answer == f"{said.subject} {said.answer}"
+    others = [kind for kind in domain.QUESTION_TYPES if kind in ("count", "total", "highest", "dearest", "transcribe")]
+    for said in (domain.ask(rng, domain.draw(rng).facts, kind) for kind in others):
+        assert said.full_answer == said.answer
 
 
 @pytest.mark.parametrize("question_type", ["first", "last", "number", "count"])

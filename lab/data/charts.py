@@ -70,7 +70,9 @@ def ask(rng: np.random.Generator, chart: Chart, question_type: str) -> Turn:
     if question_type == "select":
         return ask_selection(rng, SELECT, lines, least=2)
     if question_type == "value":
-        return Turn(question_type, phrase(rng, VALUE, name=chart.names[first]), str(chart.values[first]))
+        return Turn(
+            question_type, phrase(rng, VALUE, name=chart.names[first]), str(chart.values[first]), chart.names[first]
+        )
     if question_type == "highest":
         return Turn(question_type, phrase(rng, HIGHEST), chart.names[chart.values.index(max(chart.values))])
     if question_type == "above":

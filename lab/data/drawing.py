@@ -45,11 +45,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question of a given type, and its answer."""
+    """One question of a given type, its answer, and what it asks about, if that has a name, as it is asked."""
 
     question_type: str
     question: str
     answer: str
+    subject: str = ""
+
+    @property
+    def full_answer(self) -> str:
+        """The answer after its subject: who says a name first finds what stands beside it as when reading on."""
+        if not self.subject:
+            return self.answer
+        return f"{self.subject} {'is not there.' if self.question_type.startswith('no ') else self.answer}"
 
 
 def generator(seed: int, index: int) -> np.random.Generator:

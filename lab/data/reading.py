@@ -2,8 +2,9 @@
 
 Each domain draws a page in any of the fonts and asks about what it shows. Words, names and amounts are open: whatever
 `lab.data.text` makes up. All print has at least the size that the tower was trained on, and no name contains another.
-Layouts that are held out: lines on the right or in the middle, dots before prices, rules around every cell, a grid
-behind bars. The tower has seen such layouts, but no held-out font family.
+Layouts that are held out: lines on the right or in the middle, rules between the rows of receipts, rules around every
+cell, a grid behind bars. The tower has seen such layouts, but no held-out font family. What is found by its name is
+asked more often in training (`PRACTICE`).
 """
 
 from collections.abc import Callable, Sequence
@@ -162,6 +163,7 @@ class Receipts:
     DEAREST = ("Which is the most expensive?", "What is the most expensive item?", "Which item costs the most?")
     COUNT = ("How many items are there?", "How many items are on the receipt?")
     QUESTION_TYPES = ("transcribe", "price", "total", "item", "cheapest", "dearest", "count", "no item")
+    PRACTICE = ("price", "price", "price", "item")
 
     def facts(self, rng: np.random.Generator) -> Receipt:
         count = int(rng.integers(2, 8))
@@ -194,19 +196,20 @@ class Receipts:
         rows = list(receipt.rows.items())
         base = rng.uniform(margin, SIDE - margin - height(receipt, size)) + size
         widest = max(page.width(name, size) for name, _ in rows) + max(page.width(price, size) for _, price in rows)
-        is_wide = held_out or rng.random() < 0.6
+        is_wide, has_dots = held_out or rng.random() < 0.6, not held_out and rng.random() < 0.3
         right = SIDE - margin if is_wide else min(SIDE - margin, margin + widest + rng.uniform(8, 60))
         if receipt.heading:
             page.text((SIDE - page.width(receipt.heading, size)) / 2, base, receipt.heading, size, 1)
             base += size * leading
         for number, (name, price) in enumerate(rows):
-            if receipt.total is not None and number == len(rows) - 1:
+            is_total = receipt.total is not None and number == len(rows) - 1
+            if is_total or (held_out and number):
                 page.rule(margin, base - 0.9 * size, right, base - 0.9 * size)
-                base += 0.2 * size
+            base += 0.2 * size * is_total
             at = right - page.width(price, size)
             end = page.text(margin, base, name, size, number + 2)
             page.text(at, base, price, size, number + 2)
-            if held_out and at - end > 14:
+            if has_dots and at - end > 14:
                 page.text(end + 4, base, page.fit("." * 40, size, at - end - 10), size, number + 2)
             base += size * leading
         return Document(page.finish(whole=True).image, receipt)
@@ -232,7 +235,8 @@ class Receipts:
         }
         templates, answer = asked[question_type]
         item = as_asked(rng, missing if question_type == "no item" else receipt.items[number])
-        return Turn(question_type, phrase(rng, templates, item=item, price=price), answer)
+        subject = {"price": item, "item": price, "no item": item}.get(question_type, "")
+        return Turn(question_type, phrase(rng, templates, item=item, price=price), answer, subject)
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,7 @@ class Tables:
     LOWEST = ("Which has the lowest {column}?", "Which row is lowest in {column}?")
     COUNT = ("How many rows are there?", "How many rows does the table have?")
     QUESTION_TYPES = ("transcribe", "cell", "highest", "lowest", "count", "no row", "no column")
+    PRACTICE = ("cell",) * 5
 
     def facts(self, rng: np.random.Generator) -> Table:
         rows, columns = int(rng.integers(2, 7)), int(rng.integers(1, 5))
@@ -323,7 +328,10 @@ class Tables:
         names = {"row": table.rows[row], "column": table.columns[column]}
         if question_type in ("no row", "no column"):
             names[question_type.removeprefix("no ")] = missing
-        return Turn(question_type, phrase(rng, templates, **{k: as_asked(rng, v) for k, v in names.items()}), answer)
+        names = {key: as_asked(rng, name) for key, name in names.items()}
+        cell = " ".join(names.values())
+        subject = {"cell": cell, "no row": names["row"], "no column": cell}.get(question_type, "")
+        return Turn(question_type, phrase(rng, templates, **names), answer, subject)
 
 
 @dataclass(frozen=True)
@@ -356,6 +364,7 @@ class Charts:
     LOWEST = ("Which is the lowest?", "Which is lowest?", "Which has the lowest value?")
     COUNT = ("How many bars are there?", "How many bars does the chart have?")
     QUESTION_TYPES = ("transcribe", "value", "highest", "lowest", "count", "no bar")
+    PRACTICE = ("value",) * 3
 
     def facts(self, rng: np.random.Generator, lying: bool) -> Chart:
         count = int(rng.integers(2, 7))
@@ -432,7 +441,8 @@ class Charts:
         }
         templates, answer = asked[question_type]
         name = as_asked(rng, missing if question_type == "no bar" else chart.names[bar])
-        return Turn(question_type, phrase(rng, templates, name=name), answer)
+        subject = name if question_type in ("value", "no bar") else ""
+        return Turn(question_type, phrase(rng, templates, name=name), answer, subject)
 
 
 READING = {"print lines": Lines(), "print receipts": Receipts(), "print tables": Tables(), "print charts": Charts()}

@@ -77,9 +77,9 @@ def ask(rng: np.random.Generator, rows: tuple[Row, ...], question_type: str) -> 
     if question_type == "select":
         return ask_selection(rng, SELECT, lines)
     if question_type == "price":
-        return Turn(question_type, phrase(rng, PRICE, item=row.item), str(row.price))
+        return Turn(question_type, phrase(rng, PRICE, item=row.item), str(row.price), row.item)
     if question_type == "item":
-        return Turn(question_type, phrase(rng, ITEM, price=row.price), row.item)
+        return Turn(question_type, phrase(rng, ITEM, price=row.price), row.item, str(row.price))
     if question_type == "cheapest":
         return Turn(question_type, phrase(rng, CHEAPEST), min(rows, key=lambda row: row.price).item)
     if question_type == "dearest":
@@ -87,7 +87,7 @@ def ask(rng: np.random.Generator, rows: tuple[Row, ...], question_type: str) -> 
     if question_type == "no item":
         absent = [item for item in ITEMS if item not in {row.item for row in rows}]
         item = absent[rng.integers(len(absent))] if rng.random() < 0.7 else made_up_word(rng)
-        return Turn(question_type, phrase(rng, PRICE, item=item), f"There is no {item}.")
+        return Turn(question_type, phrase(rng, PRICE, item=item), f"There is no {item}.", item)
     absent = [price for price in range(1, 100) if price not in {row.price for row in rows}]
     price = absent[rng.integers(len(absent))]
-    return Turn(question_type, phrase(rng, ITEM, price=price), f"Nothing costs {price}.")
+    return Turn(question_type, phrase(rng, ITEM, price=price), f"Nothing costs {price}.", str(price))

@@ -47,6 +47,7 @@ def draw_dialogue(rng: np.random.Generator, domain: ModuleType, picture: Picture
     """
     long = ["select"] * hasattr(domain, "SELECT") + ["transcribe"] * ("transcribe" in domain.QUESTION_TYPES)
     short = [question_type for question_type in domain.QUESTION_TYPES if question_type != "transcribe"]
+    short += getattr(domain, "PRACTICE", ())
     question_types = [short[i] for i in rng.integers(len(short), size=turns)] + long
     question_types = question_types[::-1] if rng.random() < 0.15 else question_types
     asked = [domain.ask(rng, picture.facts, question_type) for question_type in question_types]

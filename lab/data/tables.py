@@ -69,8 +69,9 @@ def ask(rng: np.random.Generator, table: Table, question_type: str) -> Turn:
         return Turn(question_type, phrase(rng, TRANSCRIBE), "\n".join((" ".join(table.columns), *lines.values())))
     row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
     if question_type == "cell":
-        question = phrase(rng, CELL, row=table.rows[row], column=table.columns[column])
-        return Turn(question_type, question, str(table.numbers[row][column]))
+        names = {"row": table.rows[row], "column": table.columns[column]}
+        answer = str(table.numbers[row][column])
+        return Turn(question_type, phrase(rng, CELL, **names), answer, " ".join(names.values()))
     values = [line[column] for line in table.numbers]
     return Turn(
         question_type, phrase(rng, LARGEST, column=table.columns[column]), table.rows[values.index(max(values))]
