@@ -96,10 +96,8 @@ def measure(
     right: dict[str, dict[str, str]] = {}
     misses = []
     for number, case in enumerate(cases):
-        by_type, is_right = (
-            right.setdefault(case.domain, {}),
-            answers[number] in (case.turn.answer, case.turn.full_answer),
-        )
+        by_type = right.setdefault(case.domain, {})
+        is_right = answers[number] in (case.turn.answer, case.turn.full_answer)
         by_type[case.turn.question_type] = by_type.get(case.turn.question_type, "") + str(int(is_right))
         if not is_right:
             misses.append((case, answers[number]))

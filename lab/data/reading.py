@@ -9,6 +9,7 @@ asked more often in training (`PRACTICE`).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -355,7 +356,10 @@ class Chart:
 
 
 class Charts:
-    """Two to six bars, standing or lying, on an axis of two, four or five steps; in some the value is at the bar."""
+    """Two to six bars, standing or lying, on an axis of two, four or five steps.
+
+    In half of the charts the values are at the bars, in the others all bars end at a tenth of the axis.
+    """
 
     TRANSCRIBE = ("Transcribe the image.", "Read the chart.", "List all values.")
     SELECT = ("Give the values of {names}.", "List {names}.")
@@ -366,17 +370,17 @@ class Charts:
     QUESTION_TYPES = ("transcribe", "value", "highest", "lowest", "count", "no bar")
     PRACTICE = ("value",) * 3
 
-    def facts(self, rng: np.random.Generator, lying: bool) -> Chart:
-        count = int(rng.integers(2, 7))
+    def facts(self, rng: np.random.Generator, lying: bool, at_bar: bool) -> Chart:
+        count, unit = int(rng.integers(2, 7)), 1 if at_bar else 2
         return Chart(
             names=tuple(distinct(rng, random_word, count, 11 if lying else 28 // count)),
-            twentieths=tuple(int(i) + 1 for i in rng.choice(TWENTIETHS, count, replace=False)),
+            twentieths=tuple((int(i) + 1) * unit for i in rng.choice(TWENTIETHS // unit, count, replace=False)),
             most=pick(rng, (10, 20, 20, 40, 50, 100, 100, 200, 400, 1000)),
             ticks=pick(rng, (2, 4, 5)),
         )
 
     def draw(self, rng: np.random.Generator, held_out: bool = False) -> Document:
-        page, lying, at_bar = begin(rng, held_out), bool(rng.random() < 0.35), bool(rng.random() < 0.35)
+        page, lying, at_bar = begin(rng, held_out), bool(rng.random() < 0.35), bool(rng.random() < 0.5)
         top, right, gap = rng.uniform(14, 26), SIDE - rng.uniform(12, 22) - 18 * (lying and at_bar), rng.uniform(4, 10)
 
         def widest(texts, size):
@@ -394,7 +398,8 @@ class Charts:
             is_free = not at_bar or widest(chart.values, size) <= room
             return left < 0.4 * SIDE and widest(texts, size) <= step - 2 and is_free
 
-        chart, size = draw_fitting(rng, lambda rng: self.facts(rng, lying), draw_size(rng, LEAST_SIZE, 15), fits)
+        draw_facts = partial(self.facts, lying=lying, at_bar=at_bar)
+        chart, size = draw_fitting(rng, draw_facts, draw_size(rng, LEAST_SIZE, 15), fits)
         left, bottom = left_of(chart, size), SIDE - size - gap
         step = ((bottom - top) if lying else (right - left)) / len(chart.names)
         low, high = (left, right) if lying else (bottom, top)
