@@ -93,7 +93,7 @@ def test_answers_and_dialogues_fit(domain):
         document = domain.draw(rng)
         turns = draw_dialogue(rng, domain, document, train_reader.CONFIG["turns"])
         answers, questions = (
-            [len(tokenizer.tokenize(getattr(turn, part))) for turn in turns] for part in ("answer", "question")
+            [len(tokenizer.tokenize(getattr(turn, part))) for turn in turns] for part in ("full_answer", "question")
         )
         assert len(tokenizer.tokenize(domain.ask(rng, document.facts, "transcribe").answer)) < MAX_NEW_TOKENS
         assert 256 + sum(answers) + sum(questions) + 4 * len(turns) < train_reader.MAX_LENGTH
