@@ -111,7 +111,7 @@ def test_training_draws_every_domain(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, about",
+    "name, question_type",
     [
         *(("receipt", kind) for kind in ("price", "item", "no item", "no price")),
         *(("print receipts", kind) for kind in ("price", "item", "no item")),
@@ -120,14 +120,14 @@ def test_training_draws_every_domain(monkeypatch):
         *(("table", "cell"), ("chart", "value")),
     ],
 )
-def test_a_full_answer_begins_with_what_is_asked_about(name, about):
+def test_a_full_answer_begins_with_what_is_asked_about(name, question_type):
     domain = (DOMAINS | READING)[name]
     for seed in range(20):
         rng = generator(seed, 0)
-        said = domain.ask(rng, domain.draw(rng).facts, about)
+        said = domain.ask(rng, domain.draw(rng).facts, question_type)
         words = said.full_answer.removesuffix(" is not there.").removesuffix(f" {said.answer}").split(" ")
         assert words == said.subject.split(" ") and all(word in said.question for word in words)
-        if about.startswith("no "):
+        if question_type.startswith("no "):
             assert said.full_answer.endswith(" is not there.") and words[-1].lower() in said.answer.lower()
         else:
             assert said.full_answer == f"{said.subject} {said.answer}"
