@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   python examples/ask.py examples/receipt.png "Transcribe the image." --max-new-tokens 200
   python examples/ask.py examples/receipt.png "how much is the salad?" --downsample 2
   python examples/ask.py examples "Transcribe the image." --batch-size 16 --json
+  python examples/ask.py examples/reading/note.png "What does the first line say?" --subfolder reader
   python examples/ask.py a.jpg b.jpg "What costs 12?" --model path/to/another/checkpoint
 """
 
@@ -91,6 +92,7 @@ def main() -> int:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures: paths, URLs, or folders of them")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about each")
     parser.add_argument("--model", default=MODEL, help="folder or Hub name of the model (default: this repository)")
+    parser.add_argument("--subfolder", default="", help="of the model's, where its weights are (default: none)")
     parser.add_argument("--max-new-tokens", type=positive, default=100, help="longest answer, in tokens (default: 100)")
     parser.add_argument("--downsample", type=int, help="s: s x s patches become one token; one of the model's choices")
     parser.add_argument("--batch-size", type=positive, default=8, help="pictures answered at once (default: 8)")
@@ -102,8 +104,10 @@ def main() -> int:
 
     logging.disable_progress_bar()
     try:
-        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True)
+        processor, model = (
+            auto.from_pretrained(args.model, subfolder=args.subfolder, trust_remote_code=True)
+            for auto in (AutoProcessor, AutoModelForImageTextToText)
+        )
     except (OSError, ValueError) as error:
         parser.error(f"--model {args.model}: {str(error).splitlines()[0]}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")

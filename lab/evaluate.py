@@ -146,6 +146,7 @@ def main() -> None:
     """Measure, print a table, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="checkpoint folder or Hub name (default: this folder)")
+    parser.add_argument("--subfolder", default="", help="of the model's, where its weights are (default: none)")
     parser.add_argument("--n", type=int, default=200, help="pictures of each domain (default 200)")
     parser.add_argument("--seed", type=int, default=99, help="stream of test pictures (default 99)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS | READING, default=list(DOMAINS))
@@ -156,8 +157,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument("--misses", type=int, default=0, help="print this many wrong answers (default 0)")
     args = parser.parse_args()
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
+    options = {"subfolder": args.subfolder, "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(args.model, **options)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, **options).to(args.device).eval()
 
     start = time.perf_counter()
     cases = list(draw_cases(args.seed, args.n, not args.seen, args.domains))

@@ -74,7 +74,8 @@ def ask(rng: np.random.Generator, chart: Chart, question_type: str) -> Turn:
             question_type, phrase(rng, VALUE, name=chart.names[first]), str(chart.values[first]), chart.names[first]
         )
     if question_type == "highest":
-        return Turn(question_type, phrase(rng, HIGHEST), chart.names[chart.values.index(max(chart.values))])
+        highest = max(chart.values)
+        return Turn(question_type, phrase(rng, HIGHEST), chart.names[chart.values.index(highest)], str(highest))
     if question_type == "above":
         value = int(rng.integers(1, MAX_VALUE))
         return Turn(question_type, phrase(rng, ABOVE, value=value), str(sum(v > value for v in chart.values)))

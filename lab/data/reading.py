@@ -4,10 +4,10 @@ Each domain draws a page in any of the fonts and asks about what it shows. Words
 `lab.data.text` makes up. All print has at least the size that the tower was trained on, and no name contains another.
 Layouts that are held out: lines on the right or in the middle, rules between the rows of receipts, rules around every
 cell, a grid behind bars. The tower has seen such layouts, but no held-out font family. What is found by its name is
-asked more often in training (`PRACTICE`).
+asked more often in training (`PRACTICE`), and each dialogue has one of the `LISTS`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -62,6 +62,11 @@ def absent(rng: np.random.Generator, texts: Sequence[str]) -> str:
     """A word that is in none of the texts, nor in "total"."""
     taken = " ".join((*texts, "total")).lower()
     return next(word for word in iter(lambda: random_word(rng), None) if word.lower() not in taken)
+
+
+def in_order(values: Sequence[float], texts: Iterable[str], names: Iterable[str]) -> str:
+    """A line for each, what is printed and its name, by their values."""
+    return "\n".join(f"{text} {name}" for _, text, name in sorted(zip(values, texts, names)))
 
 
 def draw_fitting(
@@ -163,8 +168,10 @@ class Receipts:
     CHEAPEST = ("Which is the cheapest?", "Which is cheapest?", "What is the cheapest item?", "Which costs the least?")
     DEAREST = ("Which is the most expensive?", "What is the most expensive item?", "Which item costs the most?")
     COUNT = ("How many items are there?", "How many items are on the receipt?")
+    SORT = ("List all items, cheapest first.",)
     QUESTION_TYPES = ("transcribe", "price", "total", "item", "cheapest", "dearest", "count", "no item")
     PRACTICE = ("price", "price", "price", "item")
+    LISTS = ("select", "sort")
 
     def facts(self, rng: np.random.Generator) -> Receipt:
         count = int(rng.integers(2, 8))
@@ -221,6 +228,7 @@ class Receipts:
         if question_type == "select":
             return ask_selection(rng, self.SELECT, {item: lines[item] for item in receipt.items})
         missing, price = absent(rng, (*receipt.items, receipt.heading)), receipt.rows[receipt.items[number]]
+        cheapest, dearest = (receipt.items[int(find(receipt.prices))] for find in (np.argmin, np.argmax))
         asked = {
             "transcribe": (
                 self.TRANSCRIBE,
@@ -229,15 +237,19 @@ class Receipts:
             "price": (self.PRICE, price),
             "total": (self.TOTAL, receipt.rows.get("Total", "There is no total.")),
             "item": (self.ITEM, receipt.items[number]),
-            "cheapest": (self.CHEAPEST, receipt.items[int(np.argmin(receipt.prices))]),
-            "dearest": (self.DEAREST, receipt.items[int(np.argmax(receipt.prices))]),
+            "cheapest": (self.CHEAPEST, cheapest),
+            "dearest": (self.DEAREST, dearest),
             "count": (self.COUNT, str(len(receipt.items))),
             "no item": (self.PRICE, f"There is no {missing.lower()}."),
+            "sort": (self.SORT, in_order(receipt.prices, receipt.rows.values(), receipt.items)),
         }
         templates, answer = asked[question_type]
         item = as_asked(rng, missing if question_type == "no item" else receipt.items[number])
-        subject = {"price": item, "item": price, "no item": item}.get(question_type, "")
-        return Turn(question_type, phrase(rng, templates, item=item, price=price), answer, subject)
+        subjects = {"price": item, "item": price, "no item": item}
+        subjects |= {"cheapest": receipt.rows[cheapest], "dearest": receipt.rows[dearest]}
+        return Turn(
+            question_type, phrase(rng, templates, item=item, price=price), answer, subjects.get(question_type, "")
+        )
 
 
 @dataclass(frozen=True)
@@ -268,8 +280,11 @@ class Tables:
     HIGHEST = ("Which has the highest {column}?", "Which row is highest in {column}?")
     LOWEST = ("Which has the lowest {column}?", "Which row is lowest in {column}?")
     COUNT = ("How many rows are there?", "How many rows does the table have?")
+    COLUMN = ("List the {column} of all rows.", "Read column {column}.")
+    SORT = ("List all rows, lowest {column} first.",)
     QUESTION_TYPES = ("transcribe", "cell", "highest", "lowest", "count", "no row", "no column")
     PRACTICE = ("cell",) * 5
+    LISTS = ("select", "column", "sort")
 
     def facts(self, rng: np.random.Generator) -> Table:
         rows, columns = int(rng.integers(2, 7)), int(rng.integers(1, 5))
@@ -314,16 +329,20 @@ class Tables:
         if question_type == "select":
             return ask_selection(rng, self.SELECT, lines)
         row, column = int(rng.integers(len(table.rows))), int(rng.integers(len(table.columns)))
-        values = [float(numbers[column]) for numbers in table.numbers]
+        texts = [numbers[column] for numbers in table.numbers]
+        values = [float(text) for text in texts]
+        lowest, highest = int(np.argmin(values)), int(np.argmax(values))
         missing = absent(rng, (*table.rows, *table.columns))
         asked = {
             "transcribe": (self.TRANSCRIBE, "\n".join((" ".join(table.columns), *lines.values()))),
             "cell": (self.CELL, table.numbers[row][column]),
-            "highest": (self.HIGHEST, table.rows[int(np.argmax(values))]),
-            "lowest": (self.LOWEST, table.rows[int(np.argmin(values))]),
+            "highest": (self.HIGHEST, table.rows[highest]),
+            "lowest": (self.LOWEST, table.rows[lowest]),
             "count": (self.COUNT, str(len(table.rows))),
             "no row": (self.CELL, f"There is no {missing.lower()}."),
             "no column": (self.CELL, f"There is no {missing.lower()}."),
+            "column": (self.COLUMN, "\n".join(f"{name} {text}" for name, text in zip(table.rows, texts))),
+            "sort": (self.SORT, in_order(values, texts, table.rows)),
         }
         templates, answer = asked[question_type]
         names = {"row": table.rows[row], "column": table.columns[column]}
@@ -331,8 +350,10 @@ class Tables:
             names[question_type.removeprefix("no ")] = missing
         names = {key: as_asked(rng, name) for key, name in names.items()}
         cell = " ".join(names.values())
-        subject = {"cell": cell, "no row": names["row"], "no column": cell}.get(question_type, "")
-        return Turn(question_type, phrase(rng, templates, **names), answer, subject)
+        subjects = {"cell": cell, "no row": names["row"], "no column": cell}
+        subjects |= {name: f"{names['column']} {texts[at]}" for name, at in (("highest", highest), ("lowest", lowest))}
+        subjects |= dict.fromkeys(("column", "sort"), names["column"])
+        return Turn(question_type, phrase(rng, templates, **names), answer, subjects.get(question_type, ""))
 
 
 @dataclass(frozen=True)
@@ -367,8 +388,10 @@ class Charts:
     HIGHEST = ("Which is the highest?", "Which is highest?", "Which has the highest value?")
     LOWEST = ("Which is the lowest?", "Which is lowest?", "Which has the lowest value?")
     COUNT = ("How many bars are there?", "How many bars does the chart have?")
+    SORT = ("List all values, lowest first.",)
     QUESTION_TYPES = ("transcribe", "value", "highest", "lowest", "count", "no bar")
     PRACTICE = ("value",) * 3
+    LISTS = ("select", "sort")
 
     def facts(self, rng: np.random.Generator, lying: bool, at_bar: bool) -> Chart:
         count, unit = int(rng.integers(2, 7)), 1 if at_bar else 2
@@ -434,20 +457,22 @@ class Charts:
         lines = {name: f"{name} {value}" for name, value in zip(chart.names, chart.values)}
         if question_type == "select":
             return ask_selection(rng, self.SELECT, lines)
-        bar, values = int(rng.integers(len(chart.names))), [float(value) for value in chart.values]
+        bar = int(rng.integers(len(chart.names)))
+        lowest, highest = int(np.argmin(chart.twentieths)), int(np.argmax(chart.twentieths))
         missing = absent(rng, chart.names)
         asked = {
             "transcribe": (self.TRANSCRIBE, "\n".join(lines.values())),
             "value": (self.VALUE, chart.values[bar]),
-            "highest": (self.HIGHEST, chart.names[int(np.argmax(values))]),
-            "lowest": (self.LOWEST, chart.names[int(np.argmin(values))]),
+            "highest": (self.HIGHEST, chart.names[highest]),
+            "lowest": (self.LOWEST, chart.names[lowest]),
             "count": (self.COUNT, str(len(chart.names))),
             "no bar": (self.VALUE, f"There is no {missing.lower()}."),
+            "sort": (self.SORT, in_order(chart.twentieths, chart.values, chart.names)),
         }
         templates, answer = asked[question_type]
         name = as_asked(rng, missing if question_type == "no bar" else chart.names[bar])
-        subject = name if question_type in ("value", "no bar") else ""
-        return Turn(question_type, phrase(rng, templates, name=name), answer, subject)
+        subjects = {"value": name, "no bar": name, "highest": chart.values[highest], "lowest": chart.values[lowest]}
+        return Turn(question_type, phrase(rng, templates, name=name), answer, subjects.get(question_type, ""))
 
 
 READING = {"print lines": Lines(), "print receipts": Receipts(), "print tables": Tables(), "print charts": Charts()}

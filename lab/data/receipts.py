@@ -80,10 +80,10 @@ def ask(rng: np.random.Generator, rows: tuple[Row, ...], question_type: str) -> 
         return Turn(question_type, phrase(rng, PRICE, item=row.item), str(row.price), row.item)
     if question_type == "item":
         return Turn(question_type, phrase(rng, ITEM, price=row.price), row.item, str(row.price))
-    if question_type == "cheapest":
-        return Turn(question_type, phrase(rng, CHEAPEST), min(rows, key=lambda row: row.price).item)
-    if question_type == "dearest":
-        return Turn(question_type, phrase(rng, DEAREST), max(rows, key=lambda row: row.price).item)
+    if question_type in ("cheapest", "dearest"):
+        templates, find = (CHEAPEST, min) if question_type == "cheapest" else (DEAREST, max)
+        row = find(rows, key=lambda row: row.price)
+        return Turn(question_type, phrase(rng, templates), row.item, str(row.price))
     if question_type == "no item":
         absent = [item for item in ITEMS if item not in {row.item for row in rows}]
         item = absent[rng.integers(len(absent))] if rng.random() < 0.7 else made_up_word(rng)

@@ -39,13 +39,16 @@ def draw_sample(
 
 def draw_dialogue(rng: np.random.Generator, domain: ModuleType, picture: Picture, turns: int = 6) -> list[Turn]:
     """
-    Several turns about one picture: look-ups, then a selection of rows and a transcription.
+    Several turns about one picture: look-ups, then a selection of rows, or another of the domain's lists, and a
+    transcription.
 
     A look-up after the transcription could copy from it, so the transcription is last in most dialogues. It can be read
     from line to line; only look-ups and selections teach to find a thing by its name, and selections do so most often.
-    Selections are for practice alone: no test has them.
+    Selections and lists are for practice alone: no test has them.
     """
-    long = ["select"] * hasattr(domain, "SELECT") + ["transcribe"] * ("transcribe" in domain.QUESTION_TYPES)
+    lists = getattr(domain, "LISTS", ())
+    long = [lists[rng.integers(len(lists))]] if lists else ["select"] * hasattr(domain, "SELECT")
+    long += ["transcribe"] * ("transcribe" in domain.QUESTION_TYPES)
     short = [question_type for question_type in domain.QUESTION_TYPES if question_type != "transcribe"]
     short += getattr(domain, "PRACTICE", ())
     question_types = [short[i] for i in rng.integers(len(short), size=turns)] + long

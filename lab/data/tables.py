@@ -72,7 +72,6 @@ def ask(rng: np.random.Generator, table: Table, question_type: str) -> Turn:
         names = {"row": table.rows[row], "column": table.columns[column]}
         answer = str(table.numbers[row][column])
         return Turn(question_type, phrase(rng, CELL, **names), answer, " ".join(names.values()))
-    values = [line[column] for line in table.numbers]
-    return Turn(
-        question_type, phrase(rng, LARGEST, column=table.columns[column]), table.rows[values.index(max(values))]
-    )
+    values, name = [line[column] for line in table.numbers], table.columns[column]
+    answer, subject = table.rows[values.index(max(values))], f"{name} {max(values)}"
+    return Turn(question_type, phrase(rng, LARGEST, column=name), answer, subject)
