@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   python examples/ask.py examples/receipt.png "Transcribe the image." --max-new-tokens 200
   python examples/ask.py examples/receipt.png "how much is the salad?" --downsample 2
   python examples/ask.py examples "Transcribe the image." --batch-size 16 --json
-  python examples/ask.py examples/reading/note.png "What does the first line say?" --subfolder reader
+  python examples/ask.py docs/samples/print_receipts.png "What is the total?" --subfolder reader
   python examples/ask.py a.jpg b.jpg "What costs 12?" --model path/to/another/checkpoint
 """
 

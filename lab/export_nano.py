@@ -18,11 +18,12 @@ from llava_vr import LlavaVrForConditionalGeneration, LlavaVrProcessor
 
 
 def save(model: LlavaVrForConditionalGeneration, processor: LlavaVrProcessor, folder: Path) -> None:
-    """Write the whole checkpoint folder: weights, configuration, processor and code."""
+    """Write the whole checkpoint folder: weights, configuration, processor and code; it loads in float32."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("use_cache", None)  # left by Trainer, which turns the cache off
+    config["dtype"] = "float32"  # whatever the weights are stored in
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -399,8 +399,9 @@ def test_nano_checkpoint_is_the_nano_experiment():
 def test_an_exported_folder_leaves_lengths_and_caching_to_its_caller(uncompressed, processors, tmp_path):
     model = deepcopy(uncompressed)
     model.config.use_cache = False  # as Trainer leaves it
-    export_nano.save(model, processors[1], tmp_path)
+    export_nano.save(model.bfloat16(), processors[1], tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    assert LlavaVrForConditionalGeneration.from_pretrained(tmp_path).dtype == torch.float32
     assert "use_cache" not in config and set(config["auto_map"]) >= {"AutoConfig", "AutoModel"}
     assert not {"max_length", "max_new_tokens"} & json.loads((tmp_path / "generation_config.json").read_text()).keys()
 

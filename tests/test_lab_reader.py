@@ -11,7 +11,7 @@ import torch
 pytestmark = pytest.mark.common
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lab import train_reader, train_tower  # noqa: E402
+from lab import evaluate_plain, train_reader, train_tower  # noqa: E402
 from lab.data import fonts, page, reading, text  # noqa: E402
 from lab.data.drawing import Turn, generator, pixels  # noqa: E402
 from lab.data.labels import PATCH  # noqa: E402
@@ -267,6 +267,16 @@ def test_any_text_is_spelled_and_questions_are_words():
     assert len(tokenizer.tokenize("salad")) == 5  # a name that `lab.data.receipts` knows
     assert not any("{" in text or "}" in text for text in train_reader.question_texts())
     assert processor.image_layout.num_tokens((50, 70), 2) == (SIDE // PATCH // 2) ** 2
+
+
+def test_plain_pictures_show_what_is_asked(monkeypatch):
+    files = next(iter(FONTS.values()))
+    monkeypatch.setattr(evaluate_plain, "font_files", lambda split: {str(family): files for family in range(20)})
+    cases, shown = evaluate_plain.draw_cases(), [" ".join(line) for page in evaluate_plain.PAGES for line in page[0]]
+    assert len({case.image.tobytes() for case in cases}) == len(evaluate_plain.PAGES) and len(cases) == 28
+    for case in cases:
+        for line in case.turn.answer.split("\n"):
+            assert case.turn.question.startswith("How") or any(line in other for other in shown)
 
 
 def test_a_new_reader_can_tell_where_a_token_is(tmp_path):

@@ -246,18 +246,20 @@ for picture, question in json.loads(sys.argv[1]):
 """
 
 
+def samples(number: int) -> list[tuple[str, str, str]]:
+    """The pictures, questions and answers of one of the README's tables of samples."""
+    rows = re.findall(r"(\| !\[.*\|\n)(.*\|\n)(.*\|\n)", README)[number]
+    pictures, questions, answers = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows)
+    pictures = [re.fullmatch(r"!\[.+\]\((.+)\)", picture)[1] for picture in pictures]
+    return list(zip(pictures, questions, (re.match("`(.+?)`", answer)[1] for answer in answers)))
+
+
 @pytest.mark.common
 def test_answers_of_the_readme(run):
     """The model's answers are those of the table of samples, of the command, and of the metadata."""
-    pictures, questions, answers = (
-        [cell.strip() for cell in row.split("|")[1:-1]]
-        for row in re.search(r"(\| !\[.*\|\n)(.*\|\n)(.*\|\n)", README).groups()
-    )
-    pictures = [re.fullmatch(r"!\[.+\]\((.+)\)", picture)[1] for picture in pictures]
-    asked = [*zip(pictures, questions), *re.findall(r'examples/ask\.py (examples/receipt\.png) "([^"]+)"', README)]
-    expected = [re.match("`(.+?)`", answer)[1] for answer in answers] + re.findall(
-        r"nano checkpoint answers (\d+)", README
-    )
+    asked = [(picture, question) for picture, question, _ in samples(0)]
+    asked += re.findall(r'examples/ask\.py (examples/receipt\.png) "([^"]+)"', README)
+    expected = [answer for *_, answer in samples(0)] + re.findall(r"nano checkpoint answers (\d+)", README)
     widget = ModelCard(README).data.widget
     asked += [(example["src"], example["text"]) for example in widget]
     expected += [example["output"]["text"] for example in widget]
@@ -269,6 +271,57 @@ def test_scores_in_the_metadata_are_those_of_the_result_files():
     exact = json.loads((ROOT / "lab" / "results" / "nano_held_out.json").read_text())["exact"]
     found = [result.metric_value for result in ModelCard(README).data.eval_results]
     assert found == [round(100 * domain["all"], 1) for domain in exact.values()]
+
+
+READER = {  # a row of the README's table: the domain, and its types of questions
+    "Transcribe the image.": ("print lines", ("transcribe",)),
+    "What does the first line say?": ("print lines", ("first", "last", "number")),
+    "How much is the tea?": ("print receipts", ("price",)),
+    "What is the total?": ("print receipts", ("total",)),
+    "What costs 4.20?": ("print receipts", ("item",)),
+    "Which is the cheapest?": ("print receipts", ("cheapest", "dearest")),
+    "What is the weight of Ann?": ("print tables", ("cell",)),
+    "Which has the highest weight?": ("print tables", ("highest", "lowest")),
+    "What is the value of May?": ("print charts", ("value",)),
+    "Which is the lowest?": ("print charts", ("highest", "lowest")),
+}
+
+
+def test_figures_of_the_reader_are_those_of_its_result_files():
+    results = [json.loads((ROOT / "lab" / "results" / f"reader{s}.json").read_text()) for s in ("", "_s2")]
+    for question, (domain, types) in READER.items():
+        shares = [sum(result["exact"][domain][name] for name in types) / len(types) for result in results]
+        assert re.search(rf"^\| {re.escape(question)}.*\| {shares[0]:.0%} \| {shares[1]:.0%} \|$", README, re.MULTILINE)
+    characters = [result["characters"]["print lines"] for result in results]
+    assert f"{characters[0]:.0%} and {characters[1]:.0%} of the characters" in README
+    plain = json.loads((ROOT / "lab" / "results" / "reader_plain.json").read_text())
+    assert f"Of {plain['questions']} questions about ten plain pictures" in README
+    assert f"it answers {plain['right']}" in README and len(plain["wrong"]) == plain["questions"] - plain["right"]
+
+
+@pytest.mark.common
+def test_the_reader_answers_from_its_subfolder_and_from_a_copy(run, tmp_path):
+    code = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+root, copy, picture, question = sys.argv[1:]
+for name, options in ((root, {"subfolder": "reader"}), (copy, {})):
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, **options)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, **options)
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    ).to(model.dtype)
+    new = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+    print(model.dtype, processor.decode(new, skip_special_tokens=True))
+    model.save_pretrained(copy)
+    processor.save_pretrained(copy)
+"""
+    for picture, question, answer in samples(1):
+        said = run(code, ROOT, tmp_path / "copy", ROOT / picture, question).splitlines()
+        assert said == [f"torch.float32 {answer}"] * 2
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -349,8 +349,7 @@ class Tables:
         if question_type in ("no row", "no column"):
             names[question_type.removeprefix("no ")] = missing
         names = {key: as_asked(rng, name) for key, name in names.items()}
-        cell = " ".join(names.values())
-        subjects = {"cell": cell, "no row": names["row"], "no column": cell}
+        subjects = {"cell": f"{names['column']} {names['row']}", "no row": names["row"], "no column": names["column"]}
         subjects |= {name: f"{names['column']} {texts[at]}" for name, at in (("highest", highest), ("lowest", lowest))}
         subjects |= dict.fromkeys(("column", "sort"), names["column"])
         return Turn(question_type, phrase(rng, templates, **names), answer, subjects.get(question_type, ""))

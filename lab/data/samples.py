@@ -3,6 +3,7 @@
 python -m lab.data.samples --sheet sheet.png                 # five samples of every domain, with questions and answers
 python -m lab.data.samples --sheet held_out.png --held-out   # in the fonts and layouts that only the test has
 python -m lab.data.samples --pictures docs/samples --seed 4 --held-out   # a picture of each domain
+python -m lab.data.samples --pictures docs/samples --domains "print receipts" --seed 4 --held-out   # or of others
 """
 
 import argparse
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from lab.data import charts, ocr, receipts, shapes, tables
 from lab.data.drawing import CANVAS, Picture, Turn, generator, load_font
+from lab.data.reading import READING
 
 
 DOMAINS: dict[str, ModuleType] = {
@@ -89,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", type=Path, help="where to write the PNG of a contact sheet")
     parser.add_argument("--pictures", type=Path, help="folder for one picture of each domain, DOMAIN.png")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS | READING, default=list(DOMAINS), help="of --pictures")
     parser.add_argument("--seed", type=int, default=7, help="stream of samples (default 7)")
     parser.add_argument("--held-out", action="store_true", help="fonts and layouts of the test")
     args = parser.parse_args()
@@ -96,9 +99,9 @@ def main() -> None:
         draw_sheet(args.seed, args.held_out).save(args.sheet)
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-        for name, domain in DOMAINS.items():
-            picture = domain.draw(generator(args.seed, 0), args.held_out)
-            picture.image.save(args.pictures / f"{name}.png")
+        for name in args.domains:
+            picture = (DOMAINS | READING)[name].draw(generator(args.seed, 0), args.held_out)
+            picture.image.save(args.pictures / f"{name.replace(' ', '_')}.png")
 
 
 if __name__ == "__main__":

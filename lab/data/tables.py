@@ -71,7 +71,7 @@ def ask(rng: np.random.Generator, table: Table, question_type: str) -> Turn:
     if question_type == "cell":
         names = {"row": table.rows[row], "column": table.columns[column]}
         answer = str(table.numbers[row][column])
-        return Turn(question_type, phrase(rng, CELL, **names), answer, " ".join(names.values()))
+        return Turn(question_type, phrase(rng, CELL, **names), answer, f"{names['column']} {names['row']}")
     values, name = [line[column] for line in table.numbers], table.columns[column]
     answer, subject = table.rows[values.index(max(values))], f"{name} {max(values)}"
     return Turn(question_type, phrase(rng, LARGEST, column=name), answer, subject)
