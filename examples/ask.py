@@ -109,7 +109,8 @@ def main() -> int:
             for auto in (AutoProcessor, AutoModelForImageTextToText)
         )
     except (OSError, ValueError) as error:
-        parser.error(f"--model {args.model}: {str(error).splitlines()[0]}")
+        source = f"{args.model} --subfolder {args.subfolder}" if args.subfolder else args.model
+        parser.error(f"--model {source}: {str(error).splitlines()[0]}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor.tokenizer.padding_side = "left"
     answered = 0
