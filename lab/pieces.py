@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -25,14 +26,29 @@ POOL = 4  # batches sorted together; `LOG_STEPS` is a multiple, so a run saved o
 PEAK_LR = 2e-3
 
 
+def share_cores(threads: int) -> None:
+    """Makes this process one of several that train together, if `torchrun` has started it; each has so many threads."""
+    torch.set_num_threads(threads)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 class From:
-    """The numbers from `first` on, as a sampler."""
+    """The numbers from `first` on, as a sampler; each of the processes has its own."""
 
     def __init__(self, first: int):
         self.first = first
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first)
+        return itertools.count(self.first + rank(), processes())
 
 
 def same_length(sample: Any) -> int:
@@ -65,7 +81,7 @@ class Run:
         model: what is trained, where gradients are required; its method `loss` takes a batch.
         state: the file; what is in it is loaded, if there is one.
         seed: of the pictures, to be told.
-        batch_size: of a new run; a resumed one keeps its own.
+        batch_size: of a new run, for each process; a resumed one keeps its own.
     """
 
     def __init__(self, model: nn.Module, state: Path, seed: int, batch_size: int = 16):
@@ -122,14 +138,19 @@ class Run:
         """Trains on a batch; its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16())
+        with autocast:
             loss = self.model.loss(**batch)
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss / processes()).backward()
+        if dist.is_initialized():
+            for weight in self.trained.values():
+                dist.all_reduce(weight.grad)
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-        self.optimizer.step()
+        with autocast:
+            self.optimizer.step()
         self.facts["step"] += 1
-        self.facts["images"] += len(batch["pixel_values"])
+        self.facts["images"] += len(batch["pixel_values"]) * processes()
         return loss.item()
 
 
@@ -161,23 +182,33 @@ def train(
     for batch in load_batches(data, facts["images"], facts["batch_size"], args.workers, collate, length):
         losses.append(run.step(batch))
         now = time.monotonic()
-        is_last = run.is_over or now > deadline
+        is_last = run.is_over or is_true_of_any(now > deadline)
         if len(losses) == LOG_STEPS or is_last:
             facts["seconds"] += now - began
-            rate = len(losses) * facts["batch_size"] / (now - began)
+            rate = len(losses) * facts["batch_size"] * processes() / (now - began)
             line = {"step": facts["step"], "images": facts["images"], "seconds": round(facts["seconds"])}
             line |= {
                 "loss": round(float(np.mean(losses)), 4),
                 "lr": run.learning_rate(),
                 "images_a_second": round(rate, 1),
             }
-            if now - saved > 60 * SAVE_MINUTES or is_last:
-                run.save()
-                line["held_out"], saved = round(measure(), 4), now
-            print(json.dumps(line), flush=True)
+            if rank() == 0:
+                if now - saved > 60 * SAVE_MINUTES or is_last:
+                    run.save()
+                    line["held_out"], saved = round(measure(), 4), now
+                print(json.dumps(line), flush=True)
             losses, began = [], time.monotonic()
         if is_last:
             break
+
+
+def is_true_of_any(flag: bool) -> bool:
+    """Whether it is true in any of the processes."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
 def add_options(parser: argparse.ArgumentParser, state: Path) -> None:
@@ -188,6 +219,6 @@ def add_options(parser: argparse.ArgumentParser, state: Path) -> None:
         "--decay-steps", type=int, help="let the learning rate fall to zero over so many steps from now"
     )
     parser.add_argument("--lr", type=float, help=f"learning rate from now on (default: as before, {PEAK_LR} at first)")
-    parser.add_argument("--batch-size", type=int, default=16, help="of a new run (default 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="of a new run, in each process (default 16)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw (default 1)")

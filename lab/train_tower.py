@@ -21,7 +21,7 @@ from lab.data.fonts import font_files
 from lab.data.labels import COUNTS, PATCH, SPOTS, make_labels
 from lab.data.page import CLASSES, SIDE, Picture
 from lab.data.scenes import check_data, draw_picture
-from lab.pieces import Run, add_options, train
+from lab.pieces import Run, add_options, share_cores, train
 from lab.training import has_fast_bfloat16
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     add_options(parser, STATE)
     args = parser.parse_args()
     check_data(parser)
-    torch.set_num_threads(args.threads)
+    share_cores(args.threads)
     run = new_run(args.state, args.batch_size)
     train(run, Pictures(SEED, "train"), default_collate, partial(share_right, run.model, "held_out"), args)
 

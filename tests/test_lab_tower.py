@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 
@@ -248,6 +250,51 @@ def test_a_piece_tells_how_it_went_and_keeps_its_learning_rate(tmp_path, capsys)
     assert (said["step"], said["images"], said["held_out"]) == (1, 2, 0.5)
     assert said["lr"] == pytest.approx(2e-6)  # the second of 300 steps of warm-up
     assert new_run(args.state).facts == run.facts and run.facts["lr"] == 3e-4
+
+
+SHARED = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from lab.pieces import Run, share_cores, train
+
+
+class Line(torch.nn.Linear):
+    def loss(self, pixel_values):
+        return self(pixel_values).square().mean()
+
+
+share_cores(1)
+torch.manual_seed(0)
+run = Run(Line(3, 1), Path(sys.argv[1]), 0, int(sys.argv[2]))
+options = Namespace(lr=0.1, decay_steps=8, minutes=None, workers=0)
+rows = torch.arange(300.0).reshape(100, 3) % 7
+train(run, rows, lambda batch: {"pixel_values": torch.stack(batch)}, lambda: 0, options)
+"""
+
+
+def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    states, told = [tmp_path / f"{count}.safetensors" for count in (1, 2)], []
+    for state, command, size in zip(states, ((), ("-m", "torch.distributed.run", "--nproc-per-node=2")), ("4", "2")):
+        done = subprocess.run(
+            [sys.executable, *command, script, state, size],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (line,) = done.stdout.splitlines()
+        told.append({name: json.loads(line)[name] for name in ("step", "images", "lr")})
+    assert told[0] == told[1] == {"step": 8, "images": 32, "lr": 0}
+    one, two = map(load_file, states)
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 
 
 def test_a_batch_is_of_samples_of_about_the_same_length():
