@@ -142,25 +142,33 @@ def attention_on_vision(model: PreTrainedModel, processor: ProcessorMixin, cases
     return [layer[:, :, -1].mean(1)[is_vision].sum().item() / len(cases) for layer in attentions]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that asks a checkpoint."""
+    parser.add_argument("--model", default=".", help="checkpoint folder or Hub name (default: this folder)")
+    parser.add_argument("--subfolder", default="", help="of the model's, where its weights are (default: none)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="write the result here as well")
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixin]:
+    options = {"subfolder": args.subfolder, "trust_remote_code": True}
+    model = AutoModelForImageTextToText.from_pretrained(args.model, **options).to(args.device).eval()
+    return model, AutoProcessor.from_pretrained(args.model, **options)
+
+
 def main() -> None:
     """Measure, print a table, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=".", help="checkpoint folder or Hub name (default: this folder)")
-    parser.add_argument("--subfolder", default="", help="of the model's, where its weights are (default: none)")
+    add_options(parser)
     parser.add_argument("--n", type=int, default=200, help="pictures of each domain (default 200)")
     parser.add_argument("--seed", type=int, default=99, help="stream of test pictures (default 99)")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS | READING, default=list(DOMAINS))
     parser.add_argument("--seen", action="store_true", help="fonts and layouts of training, not those held out")
     parser.add_argument("--batch-size", type=int, default=70)
     parser.add_argument("--downsample", type=int, help="s, one of the model's choices (default: its own)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument("--misses", type=int, default=0, help="print this many wrong answers (default 0)")
     args = parser.parse_args()
-    options = {"subfolder": args.subfolder, "trust_remote_code": True}
-    processor = AutoProcessor.from_pretrained(args.model, **options)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, **options).to(args.device).eval()
-
+    model, processor = load(args)
     start = time.perf_counter()
     cases = list(draw_cases(args.seed, args.n, not args.seen, args.domains))
     right, misses = measure(model, processor, cases, args.batch_size, downsample=args.downsample)
@@ -172,7 +180,7 @@ def main() -> None:
         "downsample": args.downsample or processor.projector_downsample,
         "fonts and layouts": "of training" if args.seen else "held out",
         "seconds": round(time.perf_counter() - start),
-        **describe_machine(),
+        **describe_machine(args.device),
     }
     print(json.dumps(result, indent=2))
     for case, said in misses[: args.misses]:

@@ -4,10 +4,10 @@ Each domain draws a page in any of the fonts and asks about what it shows. Words
 `lab.data.text` makes up. All print has at least the size that the tower was trained on, and no name contains another.
 Layouts that are held out: lines on the right or in the middle, rules between the rows of receipts, rules around every
 cell, a grid behind bars. The tower has seen such layouts, but no held-out font family. What is found by its name is
-asked more often in training (`PRACTICE`), and each dialogue has one of the `LISTS`.
+asked more often in training (`PRACTICE`), with questions that no test has (`PLACE`, `COLUMN`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -62,11 +62,6 @@ def absent(rng: np.random.Generator, texts: Sequence[str]) -> str:
     """A word that is in none of the texts, nor in "total"."""
     taken = " ".join((*texts, "total")).lower()
     return next(word for word in iter(lambda: random_word(rng), None) if word.lower() not in taken)
-
-
-def in_order(values: Sequence[float], texts: Iterable[str], names: Iterable[str]) -> str:
-    """A line for each, what is printed and its name, by their values."""
-    return "\n".join(f"{text} {name}" for _, text, name in sorted(zip(values, texts, names)))
 
 
 def draw_fitting(
@@ -168,10 +163,8 @@ class Receipts:
     CHEAPEST = ("Which is the cheapest?", "Which is cheapest?", "What is the cheapest item?", "Which costs the least?")
     DEAREST = ("Which is the most expensive?", "What is the most expensive item?", "Which item costs the most?")
     COUNT = ("How many items are there?", "How many items are on the receipt?")
-    SORT = ("List all items, cheapest first.",)
     QUESTION_TYPES = ("transcribe", "price", "total", "item", "cheapest", "dearest", "count", "no item")
     PRACTICE = ("price", "price", "price", "item")
-    LISTS = ("select", "sort")
 
     def facts(self, rng: np.random.Generator) -> Receipt:
         count = int(rng.integers(2, 8))
@@ -241,7 +234,6 @@ class Receipts:
             "dearest": (self.DEAREST, dearest),
             "count": (self.COUNT, str(len(receipt.items))),
             "no item": (self.PRICE, f"There is no {missing.lower()}."),
-            "sort": (self.SORT, in_order(receipt.prices, receipt.rows.values(), receipt.items)),
         }
         templates, answer = asked[question_type]
         item = as_asked(rng, missing if question_type == "no item" else receipt.items[number])
@@ -280,11 +272,11 @@ class Tables:
     HIGHEST = ("Which has the highest {column}?", "Which row is highest in {column}?")
     LOWEST = ("Which has the lowest {column}?", "Which row is lowest in {column}?")
     COUNT = ("How many rows are there?", "How many rows does the table have?")
+    PLACE = ("What is {number}?", "Which row has {number}?", "Which is {number}?")
     COLUMN = ("List the {column} of all rows.", "Read column {column}.")
-    SORT = ("List all rows, lowest {column} first.",)
     QUESTION_TYPES = ("transcribe", "cell", "highest", "lowest", "count", "no row", "no column")
-    PRACTICE = ("cell",) * 5
-    LISTS = ("select", "column", "sort")
+    PRACTICE = ("cell",) * 5 + ("place",) * 3
+    LISTS = ("select", "column")
 
     def facts(self, rng: np.random.Generator) -> Table:
         rows, columns = int(rng.integers(2, 7)), int(rng.integers(1, 5))
@@ -332,17 +324,17 @@ class Tables:
         texts = [numbers[column] for numbers in table.numbers]
         values = [float(text) for text in texts]
         lowest, highest = int(np.argmin(values)), int(np.argmax(values))
-        missing = absent(rng, (*table.rows, *table.columns))
+        missing, number = absent(rng, (*table.rows, *table.columns)), table.numbers[row][column]
         asked = {
             "transcribe": (self.TRANSCRIBE, "\n".join((" ".join(table.columns), *lines.values()))),
-            "cell": (self.CELL, table.numbers[row][column]),
+            "cell": (self.CELL, number),
+            "place": (self.PLACE, f"{table.columns[column]} {table.rows[row]}"),
             "highest": (self.HIGHEST, table.rows[highest]),
             "lowest": (self.LOWEST, table.rows[lowest]),
             "count": (self.COUNT, str(len(table.rows))),
             "no row": (self.CELL, f"There is no {missing.lower()}."),
             "no column": (self.CELL, f"There is no {missing.lower()}."),
             "column": (self.COLUMN, "\n".join(f"{name} {text}" for name, text in zip(table.rows, texts))),
-            "sort": (self.SORT, in_order(values, texts, table.rows)),
         }
         templates, answer = asked[question_type]
         names = {"row": table.rows[row], "column": table.columns[column]}
@@ -351,8 +343,10 @@ class Tables:
         names = {key: as_asked(rng, name) for key, name in names.items()}
         subjects = {"cell": f"{names['column']} {names['row']}", "no row": names["row"], "no column": names["column"]}
         subjects |= {name: f"{names['column']} {texts[at]}" for name, at in (("highest", highest), ("lowest", lowest))}
-        subjects |= dict.fromkeys(("column", "sort"), names["column"])
-        return Turn(question_type, phrase(rng, templates, **names), answer, subjects.get(question_type, ""))
+        subjects |= {"column": names["column"], "place": number}
+        return Turn(
+            question_type, phrase(rng, templates, number=number, **names), answer, subjects.get(question_type, "")
+        )
 
 
 @dataclass(frozen=True)
@@ -387,10 +381,8 @@ class Charts:
     HIGHEST = ("Which is the highest?", "Which is highest?", "Which has the highest value?")
     LOWEST = ("Which is the lowest?", "Which is lowest?", "Which has the lowest value?")
     COUNT = ("How many bars are there?", "How many bars does the chart have?")
-    SORT = ("List all values, lowest first.",)
     QUESTION_TYPES = ("transcribe", "value", "highest", "lowest", "count", "no bar")
     PRACTICE = ("value",) * 3
-    LISTS = ("select", "sort")
 
     def facts(self, rng: np.random.Generator, lying: bool, at_bar: bool) -> Chart:
         count, unit = int(rng.integers(2, 7)), 1 if at_bar else 2
@@ -466,7 +458,6 @@ class Charts:
             "lowest": (self.LOWEST, chart.names[lowest]),
             "count": (self.COUNT, str(len(chart.names))),
             "no bar": (self.VALUE, f"There is no {missing.lower()}."),
-            "sort": (self.SORT, in_order(chart.twentieths, chart.values, chart.names)),
         }
         templates, answer = asked[question_type]
         name = as_asked(rng, missing if question_type == "no bar" else chart.names[bar])
