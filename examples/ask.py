@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +104,7 @@ def main() -> int:
 
     logging.disable_progress_bar()
     try:
+        cached_file(args.model, "config.json", subfolder=args.subfolder)  # says what is missing, as no Auto class does
         processor, model = (
             auto.from_pretrained(args.model, subfolder=args.subfolder, trust_remote_code=True)
             for auto in (AutoProcessor, AutoModelForImageTextToText)

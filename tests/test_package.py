@@ -449,7 +449,7 @@ def test_ask_names_what_is_no_number_or_no_model(monkeypatch, capsys, tmp_path):
         ("--batch-size", "0", "must be at least 1"),
         ("--max-new-tokens", "-1", "must be at least 1"),
         ("--model", tmp_path, "--model"),
-        ("--subfolder", "none", "--subfolder none: "),
+        ("--subfolder", "none", "file named none/config.json"),
     ):
         monkeypatch.setattr(sys, "argv", ["ask.py", str(PICTURE), "what?", option, str(value)])
         with pytest.raises(SystemExit, match="2"):
