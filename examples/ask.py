@@ -104,7 +104,8 @@ def main() -> int:
 
     logging.disable_progress_bar()
     try:
-        cached_file(args.model, "config.json", subfolder=args.subfolder)  # says what is missing, as no Auto class does
+        if cached_file(args.model, "config.json", subfolder=args.subfolder) is None:
+            raise OSError("there is no config.json")
         processor, model = (
             auto.from_pretrained(args.model, subfolder=args.subfolder, trust_remote_code=True)
             for auto in (AutoProcessor, AutoModelForImageTextToText)

@@ -294,9 +294,13 @@ def test_figures_of_the_reader_are_those_of_its_result_files():
         assert re.search(rf"^\| {re.escape(question)}.*\| {shares[0]:.0%} \| {shares[1]:.0%} \|$", README, re.MULTILINE)
     characters = [result["characters"]["print lines"] for result in results]
     assert f"{characters[0]:.0%} and {characters[1]:.0%} of the characters" in README
-    plain = json.loads((ROOT / "lab" / "results" / "reader_plain.json").read_text())
-    assert f"Of {plain['questions']} questions about ten plain pictures" in README
-    assert f"it answers {plain['right']}" in README and len(plain["wrong"]) == plain["questions"] - plain["right"]
+    reader, nano = (
+        json.loads((ROOT / "lab/results" / f"{name}_plain.json").read_text()) for name in ("reader", "nano")
+    )
+    assert f"Of {reader['questions']} questions about ten plain pictures" in README
+    assert f"it answers {reader['right']} right and nano {nano['right']}" in README
+    for result in (reader, nano):
+        assert result["questions"] == 28 and len(result["wrong"]) == 28 - result["right"]
 
 
 @pytest.mark.common
@@ -449,7 +453,7 @@ def test_ask_names_what_is_no_number_or_no_model(monkeypatch, capsys, tmp_path):
         ("--batch-size", "0", "must be at least 1"),
         ("--max-new-tokens", "-1", "must be at least 1"),
         ("--model", tmp_path, "--model"),
-        ("--subfolder", "none", "file named none/config.json"),
+        ("--subfolder", "none", "--subfolder none: there is no config.json"),
     ):
         monkeypatch.setattr(sys, "argv", ["ask.py", str(PICTURE), "what?", option, str(value)])
         with pytest.raises(SystemExit, match="2"):
