@@ -4,7 +4,7 @@ Each domain draws a page in any of the fonts and asks about what it shows. Words
 `lab.data.text` makes up. All print has at least the size that the tower was trained on, and no name contains another.
 Layouts that are held out: lines on the right or in the middle, rules between the rows of receipts, rules around every
 cell, a grid behind bars. The tower has seen such layouts, but no held-out font family. What is found by its name is
-asked more often in training (`PRACTICE`), with questions that no test has (`PLACE`, `COLUMN`).
+asked more often in training (`PRACTICE`); `PLACE`, `SELECT` and `COLUMN` are asked in training alone.
 """
 
 from collections.abc import Callable, Sequence
